@@ -1,0 +1,97 @@
+"""What several test files share: the tiny model, and random models around its tokenizer."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+
+TINY = ROOT / "tiny"
+
+settings.register_profile("house", deadline=None)  # two busy cores take their time
+settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[model.VLM, model.Processor]:
+    return model.load(TINY, device="cpu")
+
+
+@pytest.fixture
+def board() -> Path:
+    return TINY / "samples" / "board.png"
+
+
+def random_model(
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 8,
+    grid: int = 4,
+    patch: int = 4,
+    vision_layers: int = 2,
+    feature_layer: int = -2,
+    qkv_bias: bool = False,
+    tied: bool = False,
+) -> tuple[model.VLM, model.Processor]:
+    """A model with random weights, and a processor with the tiny model's tokenizer."""
+    processor = model.Processor.from_pretrained(TINY)
+    processor.image_size = processor.resize_edge = grid * patch
+    vision = model.VisionConfig(
+        width=24, mlp=32, layers=vision_layers, heads=3, image_size=grid * patch,
+        patch_size=patch, feature_layer=feature_layer,
+    )  # fmt: skip
+    text = model.TextConfig(
+        vocab=processor.tokenizer.get_vocab_size(), width=32, mlp=48, layers=layers,
+        heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, qkv_bias=qkv_bias, tied=tied,
+    )  # fmt: skip
+    config = model.Config(vision, text, image_token_id=processor.image_token_id)
+    torch.manual_seed(seed)
+    vlm = model.VLM(config).eval().requires_grad_(False)
+    for parameter in vlm.parameters():
+        if parameter.dim() == 2:
+            parameter *= 2  # attention that is not uniform, logits that are not alike
+    return vlm.to(dtype), processor
+
+
+def random_pictures(seed: int, count: int, side: int = 40) -> list[Image.Image]:
+    noise = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, side * side * 3), generator=noise, dtype=torch.uint8)
+    return [Image.frombytes("RGB", (side, side), bytes(p.tolist())) for p in pixels]
+
+
+class Recorder:
+    """Collects every logits vector that a model computes."""
+
+    def __init__(self, vlm: model.VLM):
+        self.logits: list[torch.Tensor] = []
+        self.hook = vlm.lm_head.register_forward_hook(self._record)
+
+    def _record(self, module, inputs, output) -> None:
+        self.logits.append(output.detach().clone())
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.hook.remove()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape, dtype and values; NaN equals NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def replace_config(vlm: model.VLM, **changes) -> None:
+    vlm.config = dataclasses.replace(vlm.config, **changes)
