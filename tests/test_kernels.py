@@ -1,4 +1,5 @@
-"""The array operations against float64 definitions written out here, element by element relative."""
+"""The array operations against float64 definitions written out here, element by element
+relative."""
 
 import math
 

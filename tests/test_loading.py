@@ -1,0 +1,349 @@
+"""Checkpoints in the hub's own file layout: what loads, and what is refused with which words."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, same_bits
+from safetensors.torch import load_file, save_file
+
+from model import VLM, Processor, fetch, load
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny checkpoint to damage."""
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    for file in [*TINY.glob("*.json"), TINY / "model.safetensors"]:
+        shutil.copy(file, target)
+    return target
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def shard(folder, parts=3):
+    """Split model.safetensors into shards with an index, as large checkpoints are."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(parts):
+        name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        chosen = dict(list(tensors.items())[part::parts])
+        save_file(chosen, folder / name)
+        weight_map |= dict.fromkeys(chosen, name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+def assert_same_model(a, b):
+    a, b = dict(a.named_parameters()), dict(b.named_parameters())
+    assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
+
+
+def test_shards_hold_the_same_model(tiny, folder):
+    shard(folder)
+    assert_same_model(VLM.from_pretrained(folder, device="cpu"), tiny[0])
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [  # as transformers names them in memory since 4.52, and without the inner `vision_model`
+        (r"language_model\.model\.", "model.language_model."),
+        (r"language_model\.lm_head\.", "lm_head."),
+        (r"vision_tower\.", "model.vision_tower."),
+        (r"vision_tower\.vision_model\.", "vision_tower."),
+        (r"multi_modal_projector\.", "model.multi_modal_projector."),
+    ],
+)
+def test_other_spellings_of_tensor_names(tiny, folder, old, new):
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {re.sub("^" + old, new, name): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, folder / "model.safetensors")
+    assert_same_model(VLM.from_pretrained(folder, device="cpu"), tiny[0])
+
+
+def test_known_unneeded_tensors_are_skipped(tiny, folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(101)[None]
+    save_file(tensors, folder / "model.safetensors")
+    assert_same_model(VLM.from_pretrained(folder, device="cpu"), tiny[0])
+
+
+@pytest.mark.parametrize("place", ["config", "text_config"])
+def test_a_tied_head_may_be_missing_but_a_stored_one_wins(folder, place):
+    def tie(config):
+        (config if place == "config" else config["text_config"])["tie_word_embeddings"] = True
+
+    edit(folder / "config.json", tie)
+    stored = VLM.from_pretrained(folder, device="cpu")
+    assert not same_bits(stored.lm_head.weight, stored.decoder.embed_tokens.weight)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    tied = VLM.from_pretrained(folder, device="cpu")
+    assert tied.lm_head.weight is tied.decoder.embed_tokens.weight
+
+
+def test_dtype_and_device_arguments(folder):
+    vlm = VLM.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
+    edit(folder / "config.json", lambda c: c.update(torch_dtype="float16"))
+    assert VLM.from_pretrained(folder, device="cpu").dtype == torch.float16
+
+
+def test_the_model_loads_without_a_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    VLM.from_pretrained(folder, device="cpu")
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json in"):
+        Processor.from_pretrained(folder)
+
+
+def test_config_spellings_and_defaults(folder):
+    def respell(config):
+        config["image_token_id"] = config.pop("image_token_index")
+        text = config["text_config"]
+        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
+        text.pop("head_dim")
+        config["dtype"] = config.pop("torch_dtype")
+        config["vision_config"].pop("projection_dim")
+
+    before = VLM.from_pretrained(folder, device="cpu").config
+    edit(folder / "config.json", respell)
+    assert VLM.from_pretrained(folder, device="cpu").config == before
+
+
+def test_stop_tokens_come_from_the_first_place_that_names_them(folder):
+    generation = folder / "generation_config.json"
+    edit(generation, lambda c: c.update(eos_token_id=[7, 9]))
+    assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (7, 9)
+    generation.unlink()
+    edit(folder / "config.json", lambda c: c["text_config"].update(eos_token_id=5))
+    assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (5,)
+    edit(folder / "config.json", lambda c: c["text_config"].pop("eos_token_id"))
+    assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (2,)
+
+
+def config(**changes):
+    return lambda folder: edit(folder / "config.json", lambda c: c.update(changes))
+
+
+def text_config(**changes):
+    return lambda folder: edit(folder / "config.json", lambda c: c["text_config"].update(changes))
+
+
+def vision_config(**changes):
+    return lambda folder: edit(folder / "config.json", lambda c: c["vision_config"].update(changes))
+
+
+def tensors(change):
+    def damage(folder):
+        content = load_file(folder / "model.safetensors")
+        change(content)
+        save_file(content, folder / "model.safetensors")
+
+    return damage
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def truncate_header(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def hostile_header(folder):
+    (folder / "model.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def index_to(name):
+    def damage(folder):
+        index = shard(folder)
+        edit(index, lambda c: c["weight_map"].update({next(iter(c["weight_map"])): name}))
+
+    return damage
+
+
+def lose_a_shard(folder):
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+NORM = "language_model.model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (
+            config(model_type="gpt2"),
+            ValueError,
+            "model_type 'gpt2' is not supported, accepted: llava",
+        ),
+        (config(model_type=None), ValueError, "model_type None"),
+        (config(vision_config=None), ValueError, "config.json has no vision_config"),
+        (config(quantization_config={}), ValueError, "quantised checkpoints are not supported"),
+        (config(torch_dtype="int8"), ValueError, "dtype must be .*, got 'int8'"),
+        (config(vision_feature_layer=9), ValueError, r"vision_feature_layer must be .*got 9"),
+        (config(vision_feature_layer=[1, 2]), ValueError, r"got \[1, 2\]"),
+        (config(vision_feature_select_strategy="full"), ValueError, "got 'full'"),
+        (config(image_token_index=-1), ValueError, "image_token_index must be .*got -1"),
+        (config(projector_hidden_act="sin"), ValueError, "projector_hidden_act must be .*'sin'"),
+        (text_config(model_type="mamba"), ValueError, "text model_type must be .*'mamba'"),
+        (text_config(rope_scaling={"type": "yarn"}), ValueError, "rope scaling 'yarn'"),
+        (
+            text_config(num_hidden_layers=10**9),
+            ValueError,
+            r"num_hidden_layers must be .*1000000000",
+        ),
+        (text_config(hidden_size=-1), ValueError, "hidden_size must be .*got -1"),
+        (text_config(hidden_size="128"), ValueError, "hidden_size must be .*got '128'"),
+        (text_config(num_key_value_heads=3), ValueError, "must divide the query heads"),
+        (text_config(eos_token_id="x"), None, None),  # generation_config.json names one first
+        (vision_config(num_attention_heads=5), ValueError, "not a multiple of 5 heads"),
+        (vision_config(patch_size=999), ValueError, "larger than image_size"),
+        (
+            vision_config(hidden_size=64),
+            ValueError,
+            r"linear_1.weight must have shape \(128, 64\), got \(128, 128\)",
+        ),
+        (
+            tensors(lambda t: t.pop(NORM)),
+            ValueError,
+            "lacks 1 tensors, the first: decoder.norm.weight",
+        ),
+        (
+            tensors(lambda t: t.pop("language_model.lm_head.weight")),
+            ValueError,
+            "lacks 1 tensors, the first: lm_head.weight",
+        ),
+        (
+            tensors(lambda t: t.update(surprise=torch.ones(2))),
+            ValueError,
+            "surprise has no place in this model",
+        ),
+        (
+            tensors(lambda t: t.update({NORM: torch.ones(7)})),
+            ValueError,
+            r"model.norm.weight must have shape \(128,\), got \(7,\)",
+        ),
+        (
+            tensors(lambda t: t.update({"lm_head.weight": torch.ones(2)})),
+            ValueError,
+            "lm_head.weight is there twice|language_model.lm_head.weight is there twice|shape",
+        ),
+        (
+            tensors(lambda t: t.update({NORM: torch.ones(128, dtype=torch.int32)})),
+            ValueError,
+            "must be floating point, got torch.int32",
+        ),
+        (truncate, ValueError, "model.safetensors is damaged"),
+        (truncate_header, ValueError, "model.safetensors is damaged"),
+        (hostile_header, ValueError, "model.safetensors is damaged"),
+        (pickle_only, FileNotFoundError, "only pytorch_model.bin .refused: pickles can run code"),
+        (index_to("../model.safetensors"), ValueError, "names '../model.safetensors', accepted"),
+        (index_to("/etc/passwd"), ValueError, "names '/etc/passwd', accepted"),
+        (index_to("sub\\x.safetensors"), ValueError, "accepted: files in the same folder"),
+        (index_to("config.json"), ValueError, "config.json refused, accepted: .safetensors"),
+        (lose_a_shard, FileNotFoundError, "names model-00002-of-00003.safetensors, which is not"),
+        (write("model.safetensors.index.json", "{}"), ValueError, "has no weight_map"),
+        (
+            remove("model.safetensors"),
+            FileNotFoundError,
+            "must hold .safetensors weights, found none",
+        ),
+        (remove("config.json"), FileNotFoundError, "no config.json in"),
+        (remove("preprocessor_config.json"), FileNotFoundError, "no preprocessor_config.json in"),
+        (remove("tokenizer.json"), FileNotFoundError, "no tokenizer.json in"),
+        (write("config.json", "{"), ValueError, "config.json is not JSON"),
+        (write("config.json", "[" * 100_000), ValueError, "config.json is not JSON"),
+        (write("config.json", "[]"), ValueError, "must hold a JSON object, got list"),
+        (write("tokenizer.json", '{"model": 3}'), ValueError, "tokenizer.json is damaged"),
+        (write("preprocessor_config.json", '{"size": 0}'), ValueError, "crop_size in .* got None"),
+        (config(prompt={"start": "x", "end": "y"}), ValueError, "prompt in config.json must hold"),
+        (config(prompt={"start": 3}), ValueError, "prompt in config.json must hold texts"),
+        (config(prompt="x"), ValueError, "prompt in config.json must hold texts"),
+        (text_config(rope_scaling="yarn"), ValueError, "rope scaling 'yarn'"),
+        (
+            text_config(rope_theta=None),
+            ValueError,
+            "rope_theta must be a positive number, got None",
+        ),
+        (text_config(hidden_act="relu"), ValueError, "hidden_act must be 'silu', got 'relu'"),
+        (vision_config(layer_norm_eps="x"), ValueError, "layer_norm_eps must be a positive number"),
+        (remove("generation_config.json"), None, None),
+    ],
+)
+def test_odd_and_hostile_folders(folder, damage, error, message):
+    damage(folder)
+    if error is None:
+        load(folder, device="cpu")
+        return
+    with pytest.raises(error, match=message) as caught:
+        load(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_fetch_refuses_what_is_neither_folder_nor_repository(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file, accepted: a checkpoint folder"):
+        fetch(file)
+    for name in ("nowhere", "./no/such/folder", "a b/c", "https://example.org/x"):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            fetch(name)
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path):
+    """The real client against a port where nobody listens."""
+    run = subprocess.run(
+        [sys.executable, ROOT / "sparsevila.py", "--model", "nobody/nothing"],
+        capture_output=True,
+        text=True,
+        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": ""},
+        timeout=120,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    (line,) = run.stderr.strip().split("\n")
+    assert line.startswith("sparsevila.py: error: no folder nobody/nothing, and no repository")
+
+
+def test_only_json_and_safetensors_are_asked_of_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(repo, **kwargs):
+        asked.update(kwargs, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("owner/name", revision="v1") == tmp_path
+    assert asked["repo"] == "owner/name" and asked["revision"] == "v1"
+    assert sorted(asked["allow_patterns"]) == ["*.json", "*.safetensors"]
