@@ -1,0 +1,712 @@
+"""SparseVILA: prune visual tokens once, then retrieve for every question only those it needs.
+
+A vision-language model turns pictures into hundreds or thousands of visual tokens. Reading them
+(prefill) is paid once and bound by arithmetic; decoding is paid for every generated token and bound
+by reading the KV cache. A choice of tokens made for the first question destroys what the second one
+needs. SparseVILA (arXiv 2510.17777) therefore splits the sparsity:
+
+* `prune` (Algorithm 2), between vision tower and projector, before any question is known: keep the
+  most salient tokens, those to which the tower's own last layer pays most attention.
+* `RetrievalCache` (Algorithm 3), once per question: while the question is read against all kept
+  tokens, score how much attention each of them receives in every layer; pack the keys and values of
+  the best ones with those of all text into a small buffer; decode from that buffer only. Nothing is
+  deleted from the main cache, so the next question finds everything.
+
+`SparseVILA` is the session around the two: `see` pictures once, `ask` any number of questions. Both
+are ordinary insertions: override `SparseVILA.prune` or `SparseVILA.new_cache` to try another
+method; `Dense`, the baseline, overrides both. At sparsity 0 the same code gives the same bits as
+`Dense`.
+
+    python sparsevila.py --image photo.jpg --ask "What is on the table?" --model
+    llava-hf/llava-1.5-7b-hf
+
+Axes: B batch, H query heads, G key/value heads, M question rows, N cached rows, D head size, C
+tower width, E decoder width, V visual tokens in the cache, K retrieved tokens, L layers.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from torch import Tensor
+
+from kernels import attention_colsum, gather_tokens
+from model import VLM, KVCache, Processor, Stopwatch, load, open_picture
+
+# --- choosing tokens ------------------------------------------------------------------------------
+
+
+def keep_count(n: int, sparsity: float) -> int:
+    """How many of n tokens stay: n - floor(sparsity * n), at least one (of none, none).
+
+    sparsity is in [0, 1). The product is exact: 0.29 means 29/100 and not the nearest binary
+    fraction below it, so keep_count(100, 0.29) is 71; keep_count(n, k / n) is n - k.
+    Raises: ValueError otherwise. Source: the paper keeps what exceeds the quantile `sparsity`,
+    which at sparsity 0 drops the least token and with ties any number; an exact count is our
+    choice.
+    """
+    if type(n) is not int or n < 0:
+        raise ValueError(f"n must be an integer of at least 0, got {n!r}")
+    check_sparsity("sparsity", sparsity)
+    dropped = int(Fraction(sparsity).limit_denominator(10**9) * n)
+    return max(n - dropped, min(n, 1))
+
+
+def check_sparsity(name: str, sparsity: float) -> None:
+    """Raise ValueError for a sparsity outside [0, 1)."""
+    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {sparsity!r}")
+
+
+def select_tokens(scores: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` highest scores along the last axis, ascending; ties go to the lower
+    index.
+
+    scores (..., n) float -> (..., keep) int64. The choice at a smaller keep is a subset of that at
+    a larger one. Raises: ValueError for NaN and for keep outside [0, n].
+    """
+    if not 0 <= keep <= scores.shape[-1]:
+        raise ValueError(f"keep must be in [0, {scores.shape[-1]}], got {keep}")
+    if scores.isnan().any():
+        raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN")
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(dim=-1).values
+
+
+def prune(
+    features: Tensor, salience: Tensor, sparsity: float, *, scope: str = "frame"
+) -> tuple[Tensor, Tensor]:
+    """Keep the most salient tokens, in their original order.
+
+    Args:
+        features: (images, n, C).
+        salience: (images, n), as `VLM.encode` gives it.
+        sparsity: share of tokens to drop, in [0, 1); the count is `keep_count`.
+        scope: "frame" chooses in every picture or frame apart, so that none is emptied; "global"
+            chooses over all of them together.
+
+    Returns: the kept features and their index. "frame": (images, K, C) and (images, K), indices
+    within the picture. "global": (1, K, C) and (1, K), indices into all images * n tokens.
+    Raises: ValueError for other shapes, scopes or sparsities, and for NaN in the salience.
+    Source: Algorithm 2; the paper leaves the scope open, "frame" is our choice.
+    """
+    if features.dim() != 3 or salience.shape != features.shape[:2]:
+        raise ValueError(
+            "features must be (images, n, C) and salience (images, n), "
+            f"got {tuple(features.shape)} and {tuple(salience.shape)}"
+        )
+    if scope not in ("frame", "global"):
+        raise ValueError(f"scope must be 'frame' or 'global', got {scope!r}")
+    if scope == "global":
+        features, salience = features.flatten(0, 1)[None], salience.flatten()[None]
+    index = select_tokens(salience, keep_count(salience.shape[1], sparsity))
+    return gather_tokens(features, index), index
+
+
+# --- the retrieval cache --------------------------------------------------------------------------
+
+
+class RetrievalCache(KVCache):
+    """A KV cache that answers every question from a small part of its visual rows.
+
+    Between `start_question` and `start_answer` attention is dense, and every layer scores the
+    visual rows:
+
+        relevance_v = sum over heads h and question rows i of A[h, i, v] / (H * M),
+
+    A the softmax over the whole causal key row. `start_answer` selects the best rows of each layer
+    (one set for all its heads) and packs them, in order and with all text rows, into `packed`, a
+    dense KVCache of its own. From then on attention reads `packed` only; new rows go to both
+    caches. Packed keys keep the rotation they were cached with.
+
+    Attributes:
+        visual: (V,) int64, the rows that hold visual tokens; set it after they were read.
+        relevance: per layer (V,) float32, of the last question.
+        retrieved: per layer (K,) int64, ascending, which of the V tokens the last question
+        retrieved. packed: the buffer being decoded from, None before the first answer.
+
+    Source: Algorithm 3. That the first answer token is computed densely, that the softmax runs over
+    all keys and that keys are not rotated anew is how public readers understand the paper.
+    """
+
+    def __init__(self, layers: int, decode_sparsity: float = 0.9, capacity: int = 256):
+        check_sparsity("decode_sparsity", decode_sparsity)
+        super().__init__(layers, capacity)
+        self.decode_sparsity = decode_sparsity
+        self.visual = torch.empty(0, dtype=torch.int64)
+        self.relevance: list[Tensor] = []
+        self.retrieved: list[Tensor] = []
+        self.packed: KVCache | None = None
+        self.scoring = False
+
+    def start_question(self) -> None:
+        self.packed, self.scoring, self.relevance = None, True, []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.packed is not None:
+            self.append(layer, k, v)
+            return self.packed.attend(layer, q, k, v)
+        out = super().attend(layer, q, k, v)
+        if self.scoring:
+            self.relevance.append(self.score(q, self.k[layer][:, :, : self.filled[layer]]))
+        return out
+
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        """Relevance (V,) of the visual rows for question rows q (1, H, M, D) and all keys k (1, G,
+        N, D)."""
+        _, H, M, _ = q.shape
+        received = attention_colsum(q, k, causal=True)[0].sum(0)  # (N,)
+        return received[self.visual.to(q.device)] / (H * M)
+
+    def start_answer(self) -> None:
+        V, N, layers = len(self.visual), self.length, len(self.k)
+        keep = keep_count(V, self.decode_sparsity)
+        if len(self.relevance) != layers:
+            reads = len(self.relevance) / layers
+            raise ValueError(f"a question must be read in one pass, got {reads:g}")
+        retrieved = [select_tokens(relevance, keep) for relevance in self.relevance]
+        packed = KVCache(layers, capacity=N - V + keep + self.capacity)
+        for layer, chosen in enumerate(retrieved):
+            rows = self.packed_rows(chosen)[None]
+            k, v = self.k[layer][:, :, :N], self.v[layer][:, :, :N]
+            packed.append(layer, gather_tokens(k, rows), gather_tokens(v, rows))
+        self.retrieved, self.packed, self.scoring = retrieved, packed, False
+
+    def packed_rows(self, chosen: Tensor) -> Tensor:
+        """Rows of the main cache to pack, ascending: all text and the chosen of the V visual
+        tokens."""
+        visual = self.visual.to(chosen.device)
+        wanted = torch.ones(self.length, dtype=torch.bool, device=chosen.device)
+        wanted[visual] = False
+        wanted[visual[chosen]] = True
+        return wanted.nonzero()[:, 0]
+
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        self.packed, self.scoring = None, False
+        self.visual = self.visual[self.visual < length]
+
+
+# --- the session ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `SparseVILA.ask` returns.
+
+    Attributes:
+        text: the answer without special tokens.
+        token_ids: the generated tokens; a stop token, if one came, is the last.
+        retrieved: per layer (K,) int64, which of the V kept visual tokens were decoded from.
+        timings: milliseconds of the stages "question", "retrieve" and "decode".
+        kv_bytes_per_token: bytes of keys and values of context and question, all layers together,
+            that every decoding step reads (the tokens generated so far come on top).
+    """
+
+    text: str
+    token_ids: list[int]
+    retrieved: list[Tensor]
+    timings: dict[str, float]
+    kv_bytes_per_token: int
+
+
+class SparseVILA:
+    """A session: `see` one or more pictures, then `ask` questions about them.
+
+    Args:
+        model, processor: as `model.load` returns them.
+        prefill_sparsity: share of visual tokens pruned before the decoder sees them, in [0, 1).
+        decode_sparsity: share of the *kept* visual tokens that decoding leaves out, in [0, 1).
+        scope: pruning per "frame" or "global", see `prune`.
+        positions: "contiguous" numbers the kept tokens anew, as if the pruned had never been (the
+            paper); "original" keeps every token's rotary position, and the text goes on where it
+            would have.
+        protocol: "conversation" keeps earlier questions and answers in the cache; "evaluation"
+            evicts each turn when it is over, so that no answer can leak into the next (Algorithm
+            4).
+
+    Attributes:
+        kept: the index that `prune` returned.
+        cache: the KV cache, None before `see`.
+        stats: counts ("pictures", "visual_tokens": encoded, kept, attended per layer for the last
+            question, "text_tokens" of the context) and "milliseconds" of the stages "vision" (with
+            the salience), "prune" and "prefill" (with the projector).
+
+    Raises: ValueError for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        processor: Processor,
+        *,
+        prefill_sparsity: float = 0.75,
+        decode_sparsity: float = 0.9,
+        scope: str = "frame",
+        positions: str = "contiguous",
+        protocol: str = "conversation",
+    ):
+        check_sparsity("prefill_sparsity", prefill_sparsity)
+        check_sparsity("decode_sparsity", decode_sparsity)
+        for name, value, accepted in (
+            ("scope", scope, ("frame", "global")),
+            ("positions", positions, ("contiguous", "original")),
+            ("protocol", protocol, ("conversation", "evaluation")),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+        self.model, self.processor = model, processor
+        self.prefill_sparsity, self.decode_sparsity = prefill_sparsity, decode_sparsity
+        self.scope, self.positions, self.protocol = scope, positions, protocol
+        self.cache: KVCache | None = None
+        self.kept = torch.empty(0, dtype=torch.int64)
+        self.stats: dict = {}
+        self._turns: list[tuple[int, list[int]]] = []  # (cache length before, tokens not yet read)
+
+    # The two insertions of the method; override them to build another one.
+
+    cache_type = RetrievalCache
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        """features (images, n, C), salience (images, n) -> kept features and index, as `prune`."""
+        return prune(features, salience, self.prefill_sparsity, scope=self.scope)
+
+    def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
+        """An empty cache, told which of its rows (V,) will hold visual tokens."""
+        cache = self.cache_type(self.model.config.text.layers, self.decode_sparsity, capacity)
+        cache.visual = visual
+        return cache
+
+    def see(self, images: str | Path | Image.Image | list[str | Path | Image.Image]) -> None:
+        """Encode, prune and prefill one picture or a list of pictures or frames; forget the rest.
+
+        Raises: ValueError or OSError for what is no picture, and for more visual tokens than the
+        model's context holds. A call that fails leaves the session as it was.
+        """
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("images must hold at least one picture, got none")
+        pictures = [open_picture(image) for image in images]
+        pixels = self.processor.pixels(pictures)
+        watch = Stopwatch(self.model.device)
+        features, salience = self.model.encode(pixels)
+        watch.lap("vision")
+        features, index = self.prune(features, salience)
+        watch.lap("prune")
+        n = salience.shape[1]
+        visual = self.model.project(features).flatten(0, 1)  # (V, E)
+        ids, positions, following = self._context(index, n, len(pictures))
+        limit = self.model.config.text.max_positions
+        if following >= limit:
+            raise ValueError(
+                f"{len(pictures)} pictures with {len(visual)} visual tokens need {following} "
+                f"positions, the model has {limit}: show fewer or raise prefill_sparsity"
+            )
+        rows = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]
+        cache = self.new_cache(rows, capacity=len(ids) + 256)
+        self.model.read(self.model.embed(ids, visual), cache, positions=positions)
+        cache.following[-1] = following
+        watch.lap("prefill")
+        stats = {
+            "pictures": len(pictures),
+            "visual_tokens": {"encoded": salience.numel(), "kept": len(visual), "attended": None},
+            "text_tokens": len(ids) - len(visual),
+            "milliseconds": watch.milliseconds,
+        }
+        self.cache, self.kept, self.stats, self._turns = cache, index, stats, []
+
+    def _context(self, index: Tensor, n: int, images: int) -> tuple[list[int], Tensor, int]:
+        """Token ids before the first question, their positions (T,), and the one after them."""
+        tokens = self.flat(index, n)
+        counts = torch.bincount(tokens // n, minlength=images).tolist()
+        ids = self.processor.context(counts)
+        if self.positions == "contiguous":
+            return ids, torch.arange(len(ids)), len(ids)
+        everything = torch.tensor(self.processor.context([n] * images))
+        stays = everything != self.processor.image_token_id
+        stays[(~stays).nonzero()[:, 0][tokens]] = True
+        return ids, stays.nonzero()[:, 0], len(everything)
+
+    @staticmethod
+    def flat(index: Tensor, n: int) -> Tensor:
+        """The index of `prune` over pictures of n tokens as one list (V,) into all their tokens."""
+        return (index.cpu() + n * torch.arange(len(index))[:, None]).flatten()
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question about what was seen.
+
+        on_text is called with every new piece of text; the pieces together are `Answer.text`. The
+        other arguments are those of `VLM.generate`. A call that fails or is interrupted leaves the
+        session as it was. Raises: RuntimeError before `see`; ValueError for an empty question,
+        arguments out of range, or a question and answer that do not fit into the model's context.
+        """
+        if self.cache is None:
+            raise RuntimeError("nothing to ask about: call see(images) first")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question must be a text that is not empty, got {question!r}")
+        turns, stats, start = self._turns, self.stats, self.cache.length
+        unread = turns[-1][1] if turns else []
+        ids = unread + self.processor.question(question.strip(), first=not turns)
+        text = _TextStream(self.processor, on_text)
+        watch = Stopwatch(self.model.device)
+        try:
+            tokens = self.model.generate(
+                self.model.embed(ids),
+                cache=self.cache,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_token=text.add,
+                watch=watch,
+            )
+            text.finish()
+            answer = self._answer(text.text, tokens, start + len(ids), watch.milliseconds)
+            # The prompt of the next question begins with the stop token; any other last token was
+            # generated but not read yet.
+            unread = [] if tokens[-1] in self.model.config.stop_ids else tokens[-1:]
+            self._turns = [*turns, (start, unread)]
+            if self.protocol == "evaluation":
+                self.forget()
+            return answer
+        except BaseException:
+            self._turns, self.stats = turns, stats
+            self.cache.truncate(start)
+            raise
+
+    def _answer(self, text: str, tokens: list[int], read: int, timings: dict) -> Answer:
+        """The answer after so many rows were read; notes in `stats` what decoding attended to."""
+        visual = self.stats["visual_tokens"]
+        everything = [torch.arange(visual["kept"])] * len(self.cache.k)
+        retrieved = getattr(self.cache, "retrieved", everything)  # a dense cache leaves nothing out
+        attended = [len(chosen) for chosen in retrieved]
+        self.stats = self.stats | {"visual_tokens": visual | {"attended": attended}}
+        row = self.cache.k[0][:, :, 0].nbytes + self.cache.v[0][:, :, 0].nbytes
+        rows = sum(read - visual["kept"] + count for count in attended)
+        return Answer(text, tokens, retrieved, timings, kv_bytes_per_token=row * rows)
+
+    def forget(self) -> None:
+        """Evict the last question and its answer. Without one, nothing happens."""
+        if self._turns:
+            *turns, (start, _) = self._turns
+            self.cache.truncate(start)
+            self._turns = turns
+
+
+class Dense(SparseVILA):
+    """The baseline: the same session without sparsity, decoding from the plain KVCache."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        images, n = salience.shape
+        return features, torch.arange(n).expand(images, n)
+
+    def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
+        return KVCache(self.model.config.text.layers, capacity)
+
+
+class _TextStream:
+    """Turns tokens into text as they come; holds back what may be the first bytes of a
+    character."""
+
+    def __init__(self, processor: Processor, on_text: Callable[[str], None] | None):
+        self.processor, self.on_text = processor, on_text
+        self.ids: list[int] = []
+        self.text = ""
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        self._emit(self.processor.decode(self.ids).rstrip("\ufffd"))
+
+    def finish(self) -> None:
+        self._emit(self.processor.decode(self.ids))
+
+    def _emit(self, text: str) -> None:
+        piece = text[len(self.text) :]
+        self.text += piece
+        if piece and self.on_text:
+            self.on_text(piece)
+
+
+# --- the picture of what was kept and retrieved ---------------------------------------------------
+
+
+def overlay(
+    session: SparseVILA, images: list[Image.Image], answers: list[tuple[str, Answer]]
+) -> Image.Image:
+    """A panel per question: pruned patches dimmed, the patches retrieved for it outlined, the
+    brighter the more layers retrieved them; question and answer above. `images` are the pictures
+    that were seen."""
+    views = [session.processor.square(open_picture(image)) for image in images]
+    edge = max(views[0].width, 320)
+    encoded = session.stats["visual_tokens"]["encoded"]
+    side = math.isqrt(encoded // len(views))
+    kept = session.flat(session.kept, side * side)
+    font = ImageFont.load_default(16)
+    panels = []
+    for question, answer in answers:
+        votes = torch.zeros(encoded)
+        for chosen in answer.retrieved:
+            votes[kept[chosen.cpu()]] += 1 / len(answer.retrieved)
+        panel = Image.new("RGB", ((edge + 8) * len(views), edge + 56), "white")
+        draw = ImageDraw.Draw(panel)
+        draw.text((4, 4), question, "black", font)
+        draw.text((4, 26), answer.text, "black", font)
+        for n, view in enumerate(views):
+            tokens = range(n * side * side, (n + 1) * side * side)
+            dropped = ~torch.isin(torch.tensor(tokens), kept)
+            picture = _mark(
+                view.resize((edge, edge)), side, dropped, votes[tokens.start : tokens.stop]
+            )
+            panel.paste(picture, (n * (edge + 8) + 4, 52))
+        panels.append(panel)
+    whole = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
+    for n, panel in enumerate(panels):
+        whole.paste(panel, (n * panel.width, 0))
+    return whole
+
+
+def _mark(picture: Image.Image, side: int, dropped: Tensor, votes: Tensor) -> Image.Image:
+    """Dim the dropped cells of a side x side grid and outline those with votes (a share in [0,
+    1])."""
+    cell = picture.width / side
+    boxes = [
+        (round(x * cell), round(y * cell), round((x + 1) * cell) - 1, round((y + 1) * cell) - 1)
+        for y in range(side)
+        for x in range(side)
+    ]
+    shade = Image.new("L", picture.size, 0)
+    for box, gone in zip(boxes, dropped.tolist()):
+        ImageDraw.Draw(shade).rectangle(box, 175 if gone else 0)
+    picture = Image.composite(Image.new("RGB", picture.size, (40, 40, 40)), picture, shade)
+    draw = ImageDraw.Draw(picture)
+    for box, share in zip(boxes, votes.tolist()):
+        if share:
+            level = round(90 + 165 * share)
+            draw.rectangle(box, outline="black", width=4)
+            draw.rectangle(box, outline=(level, level, 0), width=3)
+    return picture
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "tiny" / "samples" / "board.png"
+ANSWER_STAGES = ("question", "retrieve", "decode")
+SAMPLE_QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the 4?"]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Ask pictures several questions with SparseVILA, beside the dense model. "
+        "Without arguments: a sample picture and the tiny model of this folder."
+    )
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--image", action="append", metavar="FILE", help="a picture (repeatable)")
+    pictures.add_argument(
+        "--video", metavar="PATH", help="a folder of frames, or an animated picture"
+    )
+    questions = parser.add_mutually_exclusive_group()
+    questions.add_argument("--ask", action="append", metavar="TEXT", help="a question (repeatable)")
+    questions.add_argument("--chat", action="store_true", help="questions from the terminal")
+    parser.add_argument(
+        "--model", default=HERE / "tiny", help="checkpoint folder or hub repository"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
+    parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
+    parser.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
+    parser.add_argument("--positions", choices=["contiguous", "original"], default="contiguous")
+    parser.add_argument("--scope", choices=["frame", "global"], default="frame")
+    parser.add_argument(
+        "--protocol",
+        choices=["conversation", "evaluation"],
+        help="keep or evict earlier turns (default: evaluation, with --chat conversation)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--dense", action="store_true", help="the dense model only")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: as stored"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--overlay", metavar="FILE", help="write a picture of what was kept and retrieved"
+    )
+    return parser.parse_args(argv)
+
+
+def read_frames(path: str) -> list[Image.Image]:
+    """The frames of a clip: pictures of a folder in the order of their names, or of an animated
+    file."""
+    if Path(path).is_dir():
+        files = sorted(
+            p for p in Path(path).iterdir() if p.is_file() and not p.name.startswith(".")
+        )
+        if not files:
+            raise ValueError(f"the folder {path} holds no frames")
+        return [open_picture(file) for file in files]
+    open_picture(path)  # all errors of a single picture
+    with Image.open(path) as animation:
+        try:
+            return [open_picture(frame.copy()) for frame in ImageSequence.Iterator(animation)]
+        except (OSError, SyntaxError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def ask_all(
+    session: SparseVILA, images: list, questions: list[str], sampling: dict
+) -> list[Answer]:
+    session.see(images)
+    return [session.ask(question, **sampling) for question in questions]
+
+
+def chat(session: SparseVILA, sampling: dict) -> None:
+    """Questions from standard input, answers streamed. Ctrl-C ends an answer, at the prompt the
+    chat."""
+    while True:
+        try:
+            question = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            session.ask(question, on_text=lambda text: print(text, end="", flush=True), **sampling)
+        except KeyboardInterrupt:
+            print(" [interrupted, forgotten]", end="")
+        except ValueError as error:
+            print(f"error: {error}", end="")
+        print()
+
+
+def summary(session: SparseVILA, questions: list[str], answers: list[Answer]) -> dict:
+    """Answers, counts, bytes and milliseconds as one JSON-ready object."""
+    decoded = sum(len(answer.token_ids) - 1 for answer in answers)
+    decode = sum(answer.timings["decode"] for answer in answers)
+    stages = dict(session.stats["milliseconds"])
+    for stage in ANSWER_STAGES:
+        stages[stage] = sum(answer.timings[stage] for answer in answers) / len(answers)
+    return {
+        "answers": [
+            {"question": question, "answer": answer.text, "token_ids": answer.token_ids}
+            for question, answer in zip(questions, answers)
+        ],
+        "visual_tokens": session.stats["visual_tokens"],
+        "kv_bytes_per_token": round(sum(a.kv_bytes_per_token for a in answers) / len(answers)),
+        "milliseconds": stages,
+        "tokens_per_second": 1000 * decoded / decode if decoded else None,
+    }
+
+
+def print_comparison(columns: dict[str, dict]) -> None:
+    """Answers, then counts and times, one column for each summary."""
+    names = list(columns)
+    questions = [answer["question"] for answer in columns[names[0]]["answers"]]
+    texts = [[a["answer"].replace("\n", " ") for a in columns[name]["answers"]] for name in names]
+    wide = max(20, *map(len, questions)) + 2
+    print(f"{'question':{wide}}" + "".join(f"{name:24}" for name in names))
+    for row in zip(questions, *texts):
+        print(f"{row[0]:{wide}}" + "".join(f"{text:24}" for text in row[1:]).rstrip())
+    print()
+
+    def line(label: str, value: Callable[[dict], str]) -> None:
+        print(f"{label:34}" + "".join(f"{value(columns[name]):>12}" for name in names))
+
+    print(" " * 34 + "".join(f"{name:>12}" for name in names))
+    line("visual tokens encoded", lambda c: str(c["visual_tokens"]["encoded"]))
+    line("  kept", lambda c: str(c["visual_tokens"]["kept"]))
+    line("  attended, mean per layer", lambda c: f"{_mean(c['visual_tokens']['attended']):.4g}")
+    line("KV bytes read per token", lambda c: f"{c['kv_bytes_per_token']:,}")
+    for stage in ("vision", "prune", "prefill", "question", "retrieve", "decode"):
+        unit = "ms per question" if stage in ANSWER_STAGES else "ms"
+        line(f"{stage}, {unit}", lambda c, stage=stage: f"{c['milliseconds'][stage]:.1f}")
+    line("decoded tokens/s", lambda c: f"{c['tokens_per_second'] or float('nan'):.1f}")
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Bad input ends it with one line on standard error and exit status 2."""
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"sparsevila.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.chat and (arguments.json or arguments.overlay):
+        raise ValueError("--json and --overlay need --ask, not --chat")
+    images = read_frames(arguments.video) if arguments.video else arguments.image or [SAMPLE]
+    questions = arguments.ask or ([] if arguments.chat else SAMPLE_QUESTIONS)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    model, processor = load(
+        arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision
+    )
+    settings = {
+        "prefill_sparsity": arguments.prefill_sparsity,
+        "decode_sparsity": arguments.decode_sparsity,
+        "scope": arguments.scope,
+        "positions": arguments.positions,
+        "protocol": arguments.protocol or ("conversation" if arguments.chat else "evaluation"),
+    }
+    sampling = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
+    session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
+    if arguments.chat:
+        session.see(images)
+        return chat(session, sampling)
+
+    columns, answers = {}, []
+    compare = not (arguments.dense or arguments.json)
+    if compare:
+        dense = Dense(model, processor, **settings)
+        for warm_up in (dense, session):  # first calls pay for thread pools and memory
+            ask_all(warm_up, images, questions[:1], sampling | {"max_new_tokens": 2})
+        columns["dense"] = summary(dense, questions, ask_all(dense, images, questions, sampling))
+    answers = ask_all(session, images, questions, sampling)
+    columns["dense" if arguments.dense else "sparse"] = summary(session, questions, answers)
+    where = {
+        "model": str(arguments.model),
+        "device": str(model.device),
+        "dtype": str(model.dtype)[6:],
+    }
+    if arguments.json:
+        print(
+            json.dumps(where | {"settings": settings | sampling} | columns.popitem()[1], indent=2)
+        )
+    else:
+        print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
+        print_comparison(columns)
+    if arguments.overlay:
+        overlay(session, images, list(zip(questions, answers))).save(arguments.overlay)
+
+
+if __name__ == "__main__":
+    main()

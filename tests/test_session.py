@@ -1,0 +1,273 @@
+"""The session and the command line: what they return, and what they refuse."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, random_model, random_pictures
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import sparsevila
+from sparsevila import Answer, Dense, SparseVILA, _TextStream
+
+SAMPLES = TINY / "samples"
+
+
+def run(*arguments, stdin="", timeout=120):
+    return subprocess.run(
+        [sys.executable, ROOT / "sparsevila.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=timeout,
+    )
+
+
+# --- the session ----------------------------------------------------------------------------------
+
+
+def test_a_session_counts_what_it_does(tiny, board):
+    session = SparseVILA(*tiny)
+    session.see([board, board])
+    assert session.stats["visual_tokens"] == {"encoded": 200, "kept": 50, "attended": None}
+    answer = session.ask("what color is the 7?")
+    assert isinstance(answer, Answer)
+    layers = tiny[0].config.text.layers
+    assert session.stats["visual_tokens"]["attended"] == [5] * layers
+    assert set(session.stats["milliseconds"]) == {"vision", "prune", "prefill"}
+    assert set(answer.timings) == {"question", "retrieve", "decode"}
+    assert all(chosen.shape == (5,) and chosen.dtype == torch.int64 for chosen in answer.retrieved)
+    text = session.cache.packed.length - 5 - (len(answer.token_ids) - 1)
+    head = 2 * tiny[0].config.text.kv_heads * tiny[0].config.text.head_dim * 4  # bytes of a row
+    assert answer.kv_bytes_per_token == layers * (text + 5) * head
+
+
+def test_dense_reads_everything(tiny, board):
+    session = Dense(*tiny)
+    session.see(board)
+    answer = session.ask("what color is the 7?")
+    assert [len(chosen) for chosen in answer.retrieved] == [100] * tiny[0].config.text.layers
+    assert session.stats["visual_tokens"] == {"encoded": 100, "kept": 100, "attended": [100] * 4}
+
+
+def test_seeing_again_forgets_all_before(tiny, board):
+    session, other = SparseVILA(*tiny), SparseVILA(*tiny)
+    session.see(random_pictures(0, 3, 160))
+    session.ask("how many digits?")
+    for s in (session, other):
+        s.see(board)
+    assert session.ask("where is the 4?").token_ids == other.ask("where is the 4?").token_ids
+    assert session.cache.length == other.cache.length
+
+
+def test_a_failed_see_leaves_the_session_as_it_was(tiny, board, tmp_path):
+    session = SparseVILA(*tiny)
+    session.see(board)
+    cache, stats, kept = session.cache, session.stats, session.kept
+    for images in ([], [board, tmp_path / "missing.png"], [board] * 90, 3):
+        with pytest.raises((ValueError, OSError)):
+            session.see(images)
+    assert session.cache is cache and session.stats is stats and session.kept is kept
+
+
+def test_ask_refuses(tiny, board):
+    session = SparseVILA(*tiny)
+    with pytest.raises(RuntimeError, match="call see"):
+        session.ask("what?")
+    session.forget()
+    session.see(board)
+    length = session.cache.length
+    for question in ("", "  \n", None, 3):
+        with pytest.raises(ValueError, match="question must be a text that is not empty"):
+            session.ask(question)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        session.ask("what?", max_new_tokens=0)
+    with pytest.raises(ValueError, match="temperature"):
+        session.ask("what?", temperature=float("nan"))
+    with pytest.raises(ValueError, match="the context holds 1 to 2048 positions"):
+        session.ask("what? " * 3000)
+    assert session.cache.length == length and not session.cache.relevance
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prefill_sparsity": 1.0}, r"prefill_sparsity must be in \[0, 1\), got 1.0"),
+        ({"prefill_sparsity": float("nan")}, "got nan"),
+        ({"decode_sparsity": -0.5}, r"decode_sparsity must be in \[0, 1\), got -0.5"),
+        ({"decode_sparsity": "0.5"}, "got '0.5'"),
+        ({"scope": "clip"}, "scope must be one of frame, global, got 'clip'"),
+        ({"positions": None}, "positions must be one of contiguous, original, got None"),
+        ({"protocol": "chat"}, "protocol must be one of conversation, evaluation, got 'chat'"),
+    ],
+)
+def test_a_session_refuses_settings_out_of_range(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        SparseVILA(*tiny, **options)
+
+
+def test_a_diverged_model_is_named_not_ranked(tiny, board):
+    """NaN in the salience or in the relevance must not silently pick the first tokens."""
+    vlm, processor = random_model(0)
+    vlm.vision_tower.layers[-1].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="scores must not be NaN"):
+        SparseVILA(vlm, processor).see(board)
+    vlm, processor = random_model(0)
+    session = SparseVILA(vlm, processor)
+    session.see(board)
+    length = session.cache.length
+    vlm.decoder.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="scores must not be NaN"):
+        session.ask("what?")
+    assert session.cache.length == length
+
+
+def test_sampling_with_a_seed_is_repeatable(tiny, board):
+    session = SparseVILA(*tiny, protocol="evaluation")
+    session.see(board)
+    ask = lambda seed: session.ask("how many digits?", temperature=5.0, seed=seed).token_ids  # noqa
+    assert ask(1) == ask(1) != ask(2)
+
+
+@given(st.lists(st.integers(5, 300), max_size=40))
+def test_streamed_text_is_the_final_text(tiny, ids):
+    """Bytes in any order: characters split across tokens, and invalid ones."""
+    pieces = []
+    stream = _TextStream(tiny[1], pieces.append)
+    for token in ids:
+        stream.add(token)
+    stream.finish()
+    assert "".join(pieces) == stream.text == tiny[1].decode(ids)
+    assert "" not in pieces
+
+
+@given(st.text(max_size=30))
+def test_streamed_text_never_shows_half_a_character(tiny, text):
+    ids = tiny[1].tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = []
+    stream = _TextStream(tiny[1], pieces.append)
+    for token in ids:
+        stream.add(token)
+    stream.finish()
+    assert "".join(pieces) == text.lower().lstrip() or "\ufffd" not in "".join(pieces[:-1])
+    assert "".join(pieces) == stream.text
+
+
+def test_an_answer_streams_what_it_returns(tiny, board):
+    session, pieces = SparseVILA(*tiny), []
+    session.see(board)
+    answer = session.ask("what color is the 7?", on_text=pieces.append)
+    assert "".join(pieces) == answer.text and len(pieces) > 2
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_without_arguments_it_shows_dense_and_sparse():
+    result = run()
+    assert result.returncode == 0 and result.stderr == ""
+    for words in (*sparsevila.SAMPLE_QUESTIONS, "dense", "sparse", "KV bytes read per token"):
+        assert words in result.stdout
+    kept = next(line for line in result.stdout.split("\n") if "kept" in line).split()
+    assert kept[-2:] == ["100", "25"]
+
+
+def test_json_is_one_object_and_nothing_else():
+    arguments = [
+        "--ask",
+        "what color is the 7?",
+        "--ask",
+        "where is the 4?",
+        "--seed",
+        "3",
+        "--json",
+    ]
+    result = run("--image", SAMPLES / "board.png", *arguments)
+    content = json.loads(result.stdout)
+    assert [a["question"] for a in content["answers"]] == [
+        "what color is the 7?",
+        "where is the 4?",
+    ]
+    for answer in content["answers"]:
+        assert answer["answer"] and all(type(i) is int for i in answer["token_ids"])
+    assert content["settings"]["prefill_sparsity"] == 0.75 and content["settings"]["seed"] == 3
+    assert content["visual_tokens"] == {"encoded": 100, "kept": 25, "attended": [3] * 4}
+    stages = {"vision", "prune", "prefill", "question", "retrieve", "decode"}
+    assert set(content["milliseconds"]) == stages
+    assert content["kv_bytes_per_token"] > 0 and content["tokens_per_second"] > 0
+
+
+def test_dense_alone():
+    content = json.loads(run("--dense", "--json").stdout)
+    assert content["visual_tokens"] == {"encoded": 100, "kept": 100, "attended": [100] * 4}
+
+
+def test_a_clip_as_a_file_and_as_a_folder(tmp_path):
+    with Image.open(SAMPLES / "clip.png") as clip:
+        for n in range(clip.n_frames):
+            clip.seek(n)
+            clip.convert("RGB").save(tmp_path / f"{n}.png")
+    ask = ["--ask", "which frame shows the 7?", "--json"]
+    file, folder = (
+        json.loads(run("--video", v, *ask).stdout) for v in (SAMPLES / "clip.png", tmp_path)
+    )
+    assert file["answers"] == folder["answers"]
+    assert file["visual_tokens"]["encoded"] == 400
+    images = [x for n in range(4) for x in ("--image", tmp_path / f"{n}.png")]
+    assert json.loads(run(*images, *ask).stdout)["answers"] == file["answers"]
+
+
+def test_overlay_dims_pruned_patches_and_outlines_retrieved_ones(tmp_path):
+    file = tmp_path / "overlay.png"
+    assert run("--overlay", file, "--ask", "what color is the 7?").returncode == 0
+    with Image.open(file) as picture, Image.open(SAMPLES / "board.png") as board:
+        assert picture.width >= 320 and picture.height > 320
+        whole = sum(board.convert("L").getdata()) / board.width / board.height
+        panel = picture.convert("L").crop((4, 52, 324, 372))
+        assert sum(panel.getdata()) / panel.width / panel.height < 0.7 * whole
+
+
+def test_chat_streams_answers_and_survives_bad_questions():
+    result = run("--chat", stdin="what color is the 7?\n\nwhere is the 4?\n")
+    assert result.returncode == 0 and result.stderr == ""
+    lines = [line.strip() for line in result.stdout.split(">")]
+    assert len(lines) == 5 and "error: question must be" in lines[2]
+    assert lines[1] and lines[3]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--image", ROOT / "README.md"], "is not a picture"),
+        (["--image", "missing.png"], "no picture missing.png"),
+        (["--video", "missing.gif"], "no picture missing.gif"),
+        (["--prefill-sparsity", "1"], "prefill_sparsity must be in [0, 1), got 1.0"),
+        (["--decode-sparsity", "nan"], "decode_sparsity must be in [0, 1), got nan"),
+        (["--prefill-sparsity", "x"], "invalid float value: 'x'"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
+        (["--max-new-tokens", "9999"], "the context holds 1 to 2048 positions"),
+        (["--temperature", "-1"], "temperature must be 0 or more"),
+        (["--ask", " "], "question must be a text that is not empty"),
+        (["--model", "missing/folder/here"], "no folder missing/folder/here"),
+        (["--device", "toaster"], "toaster"),
+        (["--chat", "--json"], "--json and --overlay need --ask"),
+        (["--image", "a.png", "--video", "b"], "not allowed with argument"),
+        (["--overlay", "/no/such/folder/x.png"], "/no/such/folder/x.png"),
+        (["--overlay", "x.unknown"], "unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    line = result.stderr.strip().split("\n")[-1]
+    assert "error: " in line and message in line
+    assert "Traceback" not in result.stderr
+
+
+def test_an_empty_folder_of_frames_is_refused(tmp_path):
+    result = run("--video", tmp_path)
+    assert result.returncode == 2 and "holds no frames" in result.stderr

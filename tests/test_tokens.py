@@ -1,0 +1,123 @@
+"""Choosing tokens: keep_count, select_tokens, prune."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsevila import keep_count, prune, select_tokens
+
+sparsities = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.integers(1, 300_000), st.data())
+def test_keep_count_of_a_ratio_is_free_of_float_error(n, data):
+    dropped = data.draw(st.integers(0, n - 1))
+    assert keep_count(n, dropped / n) == n - dropped
+
+
+@given(st.integers(0, 999), st.integers(1, 300_000))
+def test_keep_count_means_the_decimal_that_was_written(thousandths, n):
+    assert keep_count(n, thousandths / 1000) == n - math.floor(Fraction(thousandths, 1000) * n)
+
+
+@given(st.integers(1, 300_000), sparsities, sparsities)
+def test_keep_count_is_monotone_and_at_least_one(n, a, b):
+    low, high = sorted((a, b))
+    assert n >= keep_count(n, low) >= keep_count(n, high) >= 1
+
+
+def test_keep_count_examples():
+    assert [keep_count(100, s) for s in (0, 0.29, 0.75, 0.9, 0.999)] == [100, 71, 25, 10, 1]
+    assert keep_count(10, 1 - 0.9) == 9  # 0.09999999999999998
+    assert keep_count(1, 0.99) == 1 and keep_count(0, 0.5) == 0
+
+
+@pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, math.nan, math.inf, "0.5", None])
+def test_keep_count_refuses(sparsity):
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got"):
+        keep_count(10, sparsity)
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, None])
+def test_keep_count_refuses_other_counts(n):
+    with pytest.raises(ValueError, match="n must be an integer of at least 0"):
+        keep_count(n, 0.5)
+
+
+# Few different values, so that there are many ties.
+scores = st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=1)
+
+
+@given(scores, st.data())
+def test_select_tokens_matches_a_plain_sort(values, data):
+    keep = data.draw(st.integers(0, len(values)))
+    index = select_tokens(torch.tensor(values), keep)
+    best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:keep]
+    assert index.tolist() == sorted(best) and index.dtype == torch.int64
+
+
+@given(scores, st.data())
+def test_select_tokens_is_nested(values, data):
+    few, many = sorted(data.draw(st.tuples(*[st.integers(0, len(values))] * 2)))
+    small, large = (select_tokens(torch.tensor(values), keep).tolist() for keep in (few, many))
+    assert set(small) <= set(large)
+
+
+def test_select_tokens_works_on_every_row():
+    assert select_tokens(torch.tensor([[1.0, 3, 2], [5, 5, 5]]), 2).tolist() == [[1, 2], [0, 1]]
+
+
+def test_select_tokens_refuses():
+    with pytest.raises(ValueError, match="NaN"):
+        select_tokens(torch.tensor([0.0, math.nan]), 1)
+    for keep in (-1, 3):
+        with pytest.raises(ValueError, match=rf"keep must be in \[0, 2\], got {keep}"):
+            select_tokens(torch.zeros(2), keep)
+
+
+@given(st.integers(1, 4), st.integers(1, 12), sparsities, st.integers(0, 99))
+def test_prune_keeps_the_most_salient_of_every_frame(images, n, sparsity, seed):
+    torch.manual_seed(seed)
+    features, salience = torch.randn(images, n, 3), torch.rand(images, n)
+    kept, index = prune(features, salience, sparsity)
+    K = keep_count(n, sparsity)
+    assert kept.shape == (images, K, 3) and index.shape == (images, K)
+    for picture in range(images):
+        assert torch.equal(kept[picture], features[picture, index[picture]])
+        others = [j for j in range(n) if j not in index[picture].tolist()]
+        if others:
+            assert salience[picture, index[picture]].min() >= salience[picture, others].max()
+
+
+def test_prune_globally_may_empty_a_frame():
+    features = torch.arange(12.0).view(2, 3, 2)
+    salience = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]])
+    kept, index = prune(features, salience, 0.5, scope="global")
+    assert index.tolist() == [[3, 4, 5]] and torch.equal(kept, features[1:])
+
+
+@given(st.integers(0, 99), sparsities, sparsities)
+def test_pruning_more_keeps_a_subset(seed, a, b):
+    torch.manual_seed(seed)
+    features, salience = torch.randn(2, 10, 1), torch.randint(0, 4, (2, 10)).float()
+    low, high = sorted((a, b))
+    for scope in ("frame", "global"):
+        more, fewer = (prune(features, salience, s, scope=scope)[1] for s in (low, high))
+        for wide, narrow in zip(more.tolist(), fewer.tolist()):
+            assert set(narrow) <= set(wide)
+
+
+def test_prune_refuses():
+    features, salience = torch.randn(2, 5, 3), torch.rand(2, 5)
+    with pytest.raises(ValueError, match=r"got \(2, 5, 3\) and \(2, 4\)"):
+        prune(features, salience[:, :4], 0.5)
+    with pytest.raises(ValueError, match="scope must be 'frame' or 'global', got 'video'"):
+        prune(features, salience, 0.5, scope="video")
+    with pytest.raises(ValueError, match="NaN"):
+        prune(features, salience / 0 * 0, 0.5)
+    with pytest.raises(ValueError, match="sparsity"):
+        prune(features, salience, 1.0)
