@@ -1,0 +1,124 @@
+"""Measure the tiny model on scenes it never saw: `python tiny/evaluate.py` prints the table of
+README.md.
+
+Every picture is asked for a colour, a digit, a place and a count, in random order in one session;
+every clip which frame shows a digit. Answers are generated freely, token by token, and must be
+right to the last character; the *first* word (computed densely, straight after the question) and
+the *later* ones (decoded from what was retrieved) are also counted apart, and so are the first and
+the later questions of a session.
+"""
+
+import argparse
+import random
+import re
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from model import load  # noqa: E402
+from sparsevila import Dense, RetrievalCache, SparseVILA, prune  # noqa: E402
+from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
+
+LOOKUPS = ("color", "digit", "place")
+
+
+class RandomPruning(SparseVILA):
+    """SparseVILA with a salience that means nothing."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        return prune(features, torch.rand_like(salience), self.prefill_sparsity)
+
+
+class RandomCache(RetrievalCache):
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.rand(len(self.visual))
+
+
+class RandomRetrieval(SparseVILA):
+    """SparseVILA with a relevance that means nothing."""
+
+    cache_type = RandomCache
+
+
+# name: (session, prefill sparsity, decode sparsity, other settings)
+METHODS = {
+    "dense": (Dense, 0, 0, {}),
+    "SparseVILA": (SparseVILA, 0.75, 0.9, {}),
+    "SparseVILA, original positions": (SparseVILA, 0.75, 0.9, {"positions": "original"}),
+    "random pruning": (RandomPruning, 0.75, 0.9, {}),
+    "random retrieval": (RandomRetrieval, 0.75, 0.9, {}),
+    "pruning only": (SparseVILA, 0.75, 0, {}),
+    "pruning only, same decode cost": (SparseVILA, 0.975, 0, {}),
+    "dense, conversation": (Dense, 0, 0, {"protocol": "conversation"}),
+    "SparseVILA, conversation": (SparseVILA, 0.75, 0.9, {"protocol": "conversation"}),
+}
+
+
+def parts(answer: str) -> tuple[str, str]:
+    """The first word of an answer, and the rest."""
+    first, *rest = re.split(r"[,:]", answer, maxsplit=1)
+    return first, "".join(rest)
+
+
+def measure(name: str, model_path: str, questions: int) -> dict[str, float]:
+    """Percentages of right answers by question kind and part, for one method."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kind_of_session, prefill, decode, options = METHODS[name]
+    session = kind_of_session(
+        *load(model_path, device="cpu"),
+        prefill_sparsity=prefill,
+        decode_sparsity=decode,
+        **{"protocol": "evaluation"} | options,
+    )
+    right: dict[str, list[bool]] = defaultdict(list)
+    for number in range(2 * questions):
+        frames = 1 if number < questions else 4
+        rng = random.Random(f"evaluate {number}")
+        scene = make_scene(rng, frames)
+        session.see(to_images(render(scene, rng)))
+        kinds = rng.sample(("color", "digit", "place", "count"), 4) if frames == 1 else ["frame"]
+        for turn, kind in enumerate(kinds):
+            question, expected = question_and_answer(kind, scene, rng)
+            got = session.ask(question, max_new_tokens=32).text
+            first, later = (a == b for a, b in zip(parts(got), parts(expected)))
+            right[kind].append(got == expected)
+            if kind in LOOKUPS:
+                right["first word"].append(first)
+                right["later words"].append(later)
+                right["first turn" if turn == 0 else "later turns"].append(got == expected)
+    return {column: 100 * sum(values) / len(values) for column, values in right.items()}
+
+
+COLUMNS = (*LOOKUPS, "first word", "later words", "first turn", "later turns", "count", "frame")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(HERE))
+    parser.add_argument("--questions", type=int, default=500, help="of each kind")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    print("| method | prefill / decode sparsity | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    with ProcessPoolExecutor(2) as pool:
+        jobs = [(name, arguments.model, arguments.questions) for name in arguments.methods]
+        for name, result in zip(arguments.methods, pool.map(measure, *zip(*jobs))):
+            budget = f"{100 * METHODS[name][1]:g} % / {100 * METHODS[name][2]:g} %"
+            cells = (f"{result[column]:.1f}" for column in COLUMNS)
+            print(f"| {name} | {budget} | " + " | ".join(cells) + " |", flush=True)
+    spent = (time.monotonic() - began) / 60
+    print(f"\n{arguments.questions} questions of each kind, {spent:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
