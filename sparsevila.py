@@ -618,13 +618,11 @@ def summary(session: SparseVILA, questions: list[str], answers: list[Answer]) ->
 def print_comparison(columns: dict[str, dict]) -> None:
     """Answers, then counts and times, one column for each summary."""
     names = list(columns)
-    questions = [answer["question"] for answer in columns[names[0]]["answers"]]
-    texts = [[a["answer"].replace("\n", " ") for a in columns[name]["answers"]] for name in names]
-    wide = max(20, *map(len, questions)) + 2
-    print(f"{'question':{wide}}" + "".join(f"{name:24}" for name in names))
-    for row in zip(questions, *texts):
-        print(f"{row[0]:{wide}}" + "".join(f"{text:24}" for text in row[1:]).rstrip())
-    print()
+    for answers in zip(*(columns[name]["answers"] for name in names)):
+        print(answers[0]["question"])
+        for name, answer in zip(names, answers):
+            print(f"  {name:8}{' '.join(answer['answer'].split())}")
+        print()
 
     def line(label: str, value: Callable[[dict], str]) -> None:
         print(f"{label:34}" + "".join(f"{value(columns[name]):>12}" for name in names))

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 import kernels
 
-torch.set_grad_enabled(False)
-
 shapes = st.fixed_dictionaries(
     {
         "B": st.integers(1, 2),
