@@ -104,11 +104,7 @@ class Config:
         that this file does not implement, naming it.
         """
         raw = _read_json(folder / "config.json")
-        family = raw.get("model_type")
-        if family not in PROMPTS:
-            raise ValueError(
-                f"{folder}: model_type {family!r} is not supported, accepted: {', '.join(PROMPTS)}"
-            )
+        _family(folder, raw)
         if "quantization_config" in raw:
             raise ValueError(f"{folder}: quantised checkpoints are not supported")
         text = _text_config(raw)
@@ -124,6 +120,16 @@ class Config:
             stop_ids=_stop_ids(folder, raw),
             dtype=getattr(torch, dtype),
         )
+
+
+def _family(folder: Path, raw: dict) -> str:
+    """The model_type of a config.json, if it is one that this file reads."""
+    family = raw.get("model_type")
+    if family not in PROMPTS:
+        raise ValueError(
+            f"{folder}: model_type {family!r} is not supported, accepted: {', '.join(PROMPTS)}"
+        )
+    return family
 
 
 def _vision_config(raw: dict) -> VisionConfig:
@@ -1055,12 +1061,7 @@ class Processor:
         """
         folder = fetch(path_or_repo, revision)
         raw = _read_json(folder / "config.json")
-        if raw.get("model_type") not in PROMPTS:
-            raise ValueError(
-                f"{folder}: model_type {raw.get('model_type')!r} is not supported, "
-                f"accepted: {', '.join(PROMPTS)}"
-            )
-        fields, changes = vars(PROMPTS[raw["model_type"]]), raw.get("prompt", {})
+        fields, changes = vars(PROMPTS[_family(folder, raw)]), raw.get("prompt", {})
         if not isinstance(changes, dict) or not all(
             key in fields and isinstance(text, str) for key, text in changes.items()
         ):

@@ -150,6 +150,7 @@ class RetrievalCache(KVCache):
         self.packed, self.scoring, self.relevance = None, True, []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Dense, and scored while a question is read; over `packed` alone in an answer."""
         if self.packed is not None:
             self.append(layer, k, v)
             return self.packed.attend(layer, q, k, v)
@@ -166,6 +167,7 @@ class RetrievalCache(KVCache):
         return received[self.visual.to(q.device)] / (H * M)
 
     def start_answer(self) -> None:
+        """Select the most relevant visual rows of every layer and pack them with all text."""
         V, N, layers = len(self.visual), self.length, len(self.k)
         keep = keep_count(V, self.decode_sparsity)
         if len(self.relevance) != layers:
@@ -512,6 +514,7 @@ SAMPLE_QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command line; `python sparsevila.py --help` lists them."""
     parser = argparse.ArgumentParser(
         description="Ask pictures several questions with SparseVILA, beside the dense model. "
         "Without arguments: a sample picture and the tiny model of this folder."
@@ -655,6 +658,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises: ValueError or OSError for bad input."""
     if arguments.chat and (arguments.json or arguments.overlay):
         raise ValueError("--json and --overlay need --ask, not --chat")
     images = read_frames(arguments.video) if arguments.video else arguments.image or [SAMPLE]
@@ -681,7 +685,7 @@ def run(arguments: argparse.Namespace) -> None:
         session.see(images)
         return chat(session, sampling)
 
-    columns, answers = {}, []
+    columns = {}
     compare = not (arguments.dense or arguments.json)
     if compare:
         dense = Dense(model, processor, **settings)

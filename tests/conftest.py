@@ -1,6 +1,5 @@
 """What several test files share: the tiny model, and random models around its tokenizer."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -91,7 +90,3 @@ class Recorder:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shape, dtype and values; NaN equals NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def replace_config(vlm: model.VLM, **changes) -> None:
-    vlm.config = dataclasses.replace(vlm.config, **changes)
