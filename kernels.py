@@ -8,7 +8,8 @@
 `attention_colsum` is the operation the method rests on: pruning reads it off the vision tower,
 retrieval off every decoder layer. The softmax matrix A (M x N) is never stored. A first pass over
 the scores leaves each row's log-sum-exp, a second pass adds exp(score - lse) into the columns; both
-walk the rows in chunks, so the extra memory is bounded by `CHUNK_BYTES`, whatever M and N are.
+walk the rows in chunks, so that beside a float32 copy of k only two blocks of scores are held, each
+of `CHUNK_BYTES` (or one query row per head, if that is more).
 
 For every operation `<name>` there is a `<name>_reference`, the plain PyTorch definition. `<name>`
 checks its arguments, then dispatches: to a fused kernel where this file has one for the device, to
@@ -26,9 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = (
-    64 * 2**20
-)  # scores held at a time, in bytes of float32; the passes hold two such blocks
+CHUNK_BYTES = 64 * 2**20  # a block of float32 scores; a pass holds two
 
 
 # --- attention_lse and attention_colsum -----------------------------------------------------------
@@ -110,7 +109,7 @@ def attention_lse(
     Cost: 2 B H M N D FLOPs, one read of q and k. Source: first pass of the paper's Algorithm 2
     kernel.
     """
-    _check_heads("q", q, "k", k)
+    _check_heads(q, k)
     return attention_lse_reference(q, k, causal=causal, scale=scale)
 
 
@@ -135,11 +134,12 @@ def attention_colsum(
     Cost: 4 B H M N D FLOPs and two reads of q and k (half of both if `lse` is given).
     Source: SparseVILA, Algorithm 2.
     """
-    _check_heads("q", q, "k", k)
-    if lse is not None and (lse.shape != q.shape[:3] or lse.dtype != torch.float32):
+    _check_heads(q, k)
+    wanted = (q.shape[:3], torch.float32, q.device)
+    if lse is not None and (lse.shape, lse.dtype, lse.device) != wanted:
         raise ValueError(
-            f"lse must be float32 of shape {tuple(q.shape[:3])}, "
-            f"got {lse.dtype} of shape {tuple(lse.shape)}"
+            f"lse must be float32 of shape {tuple(q.shape[:3])} on {q.device}, "
+            f"got {lse.dtype} of shape {tuple(lse.shape)} on {lse.device}"
         )
     return attention_colsum_reference(q, k, causal=causal, scale=scale, lse=lse)
 
@@ -226,7 +226,7 @@ def decode_attention(
     Cost: reads 2 B G length D elements, 4 B H length D FLOPs: bound by memory bandwidth.
     Source: our own choice (the paper decodes with its serving engine's kernel).
     """
-    _check_heads("q", q, "k", k)
+    _check_heads(q, k)
     if q.shape[2] != 1 or v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(
             "q must be (B, H, 1, D) and v like k, got "
@@ -240,11 +240,11 @@ def decode_attention(
 # --- argument checks ------------------------------------------------------------------------------
 
 
-def _check_heads(q_name: str, q: Tensor, k_name: str, k: Tensor) -> None:
+def _check_heads(q: Tensor, k: Tensor) -> None:
     """Refuse query and key tensors that no attention is defined for."""
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"{q_name} must be (B, H, M, D) and {k_name} (B, G, N, D) with equal B and D, "
+            "q must be (B, H, M, D) and k (B, G, N, D) with equal B and D, "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if 0 in q.shape or 0 in k.shape:
@@ -253,8 +253,7 @@ def _check_heads(q_name: str, q: Tensor, k_name: str, k: Tensor) -> None:
         raise ValueError(f"G must divide H, got H = {q.shape[1]} and G = {k.shape[1]}")
     if q.dtype != k.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
-            f"{q_name} and {k_name} must share float32, float16 or bfloat16, "
-            f"got {q.dtype} and {k.dtype}"
+            f"q and k must share float32, float16 or bfloat16, got {q.dtype} and {k.dtype}"
         )
     if q.device != k.device:
         raise ValueError(f"tensors must be on one device, got {q.device} and {k.device}")

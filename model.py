@@ -572,7 +572,7 @@ class VLM(nn.Module):
     `VLM(config)` has random weights, `VLM.from_pretrained(path_or_repo)` a checkpoint's.
     """
 
-    ENCODE_BATCH = 16  # pictures the tower sees at a time; bounds the memory of long clips
+    ENCODE_BATCH = 16  # pictures on the device at a time; bounds the memory of long clips
 
     def __init__(self, config: Config):
         super().__init__()
@@ -598,7 +598,7 @@ class VLM(nn.Module):
         device: "cuda" if there is one, else "cpu", if None. dtype: the checkpoint's own if None.
         No tokenizer is needed. Raises: FileNotFoundError and ValueError, naming what was found.
         """
-        device = _usable(device)
+        device = _pick_device(device)
         folder = fetch(path_or_repo, revision)
         config = Config.from_folder(folder)
         with torch.device("meta"):  # shapes only: nothing is initialised just to be overwritten
@@ -618,18 +618,21 @@ class VLM(nn.Module):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Run the vision tower on pixels (images, 3, S, S).
 
-        Returns: features (images, patches, C) as the projector wants them, and salience (images, V)
-        float32, one score per token that `project` will return (here V = patches).
+        Returns: features (images, n, C) as the projector wants them, and salience (images, n)
+        float32, one score per token that `project` will return (here n = patches).
+        Raises: ValueError for pixels of another size than the tower's.
         """
-        pixels = pixels.to(self.device, self.dtype)
-        parts = [self.vision_tower(part) for part in pixels.split(self.ENCODE_BATCH)]
+        S = self.config.vision.image_size
+        if pixels.shape[1:] != (3, S, S):
+            raise ValueError(f"pixels must be (images, 3, {S}, {S}), got {tuple(pixels.shape)}")
+        batches = pixels.split(self.ENCODE_BATCH)
+        parts = [self.vision_tower(batch.to(self.device, self.dtype)) for batch in batches]
         features, salience = zip(*parts)
         return torch.cat(features), torch.cat(salience)
 
     @torch.no_grad()
     def project(self, features: Tensor) -> Tensor:
-        """Project features (images, patches, C) to visual tokens (images, V, E), here V =
-        patches."""
+        """Project features (images, n, C) to visual tokens (images, n, E)."""
         return self.projector(features)
 
     @torch.no_grad()
@@ -664,7 +667,8 @@ class VLM(nn.Module):
         """Hidden states (1, T, E) of embeddings (1, T, E), which continue what the cache holds.
 
         positions: (T,) integers; from `cache.next_position` on if None. Without a cache the rows
-        attend to each other only, and gradients flow. A call that fails leaves the cache as it was.
+        attend to each other only, and gradients flow. A call that fails truncates the cache to what
+        it held before.
         """
         start = 0 if cache is None else cache.next_position
         if positions is None:
@@ -707,11 +711,13 @@ class VLM(nn.Module):
             cache: what was read before; the prompt and the answer are added to it, but for the
                 answer's last token, which nothing follows. A new dense cache if None.
             max_new_tokens: at least 1.
-            temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
-            t). top_p: draw only from the likeliest tokens that together reach this probability, in
-            (0, 1]. seed: makes the draws repeatable. stop_ids: tokens that end the answer; the
-            checkpoint's if None. on_token: called with every token as soon as it is known. watch:
-            takes the milliseconds of the stages "question", "retrieve" and "decode".
+            temperature: 0 takes the likeliest token, t > 0 draws from softmax(logits / t).
+            top_p: draw only from the likeliest tokens that together reach this probability, in
+                (0, 1].
+            seed: makes the draws repeatable.
+            stop_ids: tokens that end the answer; the checkpoint's if None.
+            on_token: called with every token as soon as it is known.
+            watch: takes the milliseconds of the stages "question", "retrieve" and "decode".
 
         Returns: the new token ids; a stop token, if one came, is the last.
         Raises: ValueError for arguments out of range and for a context over the model's limit, both
@@ -724,12 +730,12 @@ class VLM(nn.Module):
         needed, limit = cache.next_position + T + max_new_tokens - 1, self.config.text.max_positions
         if T == 0 or needed > limit:
             raise ValueError(
-                f"the context holds 1 to {limit} positions, but {cache.next_position} are read, "
-                f"{T} come with the prompt and up to {max_new_tokens - 1} with the answer"
+                f"the model has {limit} positions: {cache.next_position} are taken, the prompt "
+                f"needs {T} (at least 1) and the answer up to {max_new_tokens - 1}"
             )
         stop = set(self.config.stop_ids if stop_ids is None else stop_ids)
-        generator = torch.Generator()
-        generator.manual_seed(torch.seed() if seed is None else seed)
+        generator = torch.Generator()  # its own, so that nobody else's draws change
+        generator.seed() if seed is None else generator.manual_seed(seed)
         watch = watch or Stopwatch(self.device)
         cache.start_question()
         hidden = self.read(embeddings, cache)
@@ -786,7 +792,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """One token id from logits (vocabulary,): the likeliest at temperature 0, else a draw."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, ids = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+    logits = logits.double().cpu()
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
+    probabilities, ids = probabilities.sort(descending=True)
     before = probabilities.cumsum(0) - probabilities  # mass of the likelier tokens
     probabilities = probabilities.masked_fill(before >= top_p, 0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
@@ -844,7 +852,7 @@ def fetch(path_or_repo: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def _usable(device: str | torch.device | None) -> torch.device:
+def _pick_device(device: str | torch.device | None) -> torch.device:
     """The device to load to: what was asked for, or the GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

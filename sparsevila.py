@@ -13,15 +13,16 @@ needs. SparseVILA (arXiv 2510.17777) therefore splits the sparsity:
   deleted from the main cache, so the next question finds everything.
 
 `SparseVILA` is the session around the two: `see` pictures once, `ask` any number of questions. Both
-are ordinary insertions: override `SparseVILA.prune` or `SparseVILA.new_cache` to try another
-method; `Dense`, the baseline, overrides both. At sparsity 0 the same code gives the same bits as
+are ordinary insertions: override `SparseVILA.prune`, and `cache_type` or `new_cache`, to try
+another method; `Dense`, the baseline, does. At sparsity 0 the same code gives the same bits as
 `Dense`.
 
-    python sparsevila.py --image photo.jpg --ask "What is on the table?" --model
-    llava-hf/llava-1.5-7b-hf
+    python sparsevila.py --image photo.jpg --ask "What is on the table?" \\
+        --model llava-hf/llava-1.5-7b-hf
 
 Axes: B batch, H query heads, G key/value heads, M question rows, N cached rows, D head size, C
-tower width, E decoder width, V visual tokens in the cache, K retrieved tokens, L layers.
+tower width, E decoder width, n visual tokens of a picture, V visual tokens in the cache, K chosen
+tokens (kept or retrieved).
 """
 
 import argparse
@@ -39,6 +40,8 @@ from torch import Tensor
 
 from kernels import attention_colsum, gather_tokens
 from model import VLM, KVCache, Processor, Stopwatch, load, open_picture
+
+ROOM = 256  # cache rows set aside for questions and answers; the caches grow when it is used up
 
 # --- choosing tokens ------------------------------------------------------------------------------
 
@@ -127,10 +130,13 @@ class RetrievalCache(KVCache):
     caches. Packed keys keep the rotation they were cached with.
 
     Attributes:
-        visual: (V,) int64, the rows that hold visual tokens; set it after they were read.
+        visual: (V,) int64, the rows that hold visual tokens; set it before the first question, on
+            the model's device.
         relevance: per layer (V,) float32, of the last question.
         retrieved: per layer (K,) int64, ascending, which of the V tokens the last question
-        retrieved. packed: the buffer being decoded from, None before the first answer.
+            retrieved.
+        packed: the buffer an answer is decoded from; None from `start_question` or `truncate` to
+            the next `start_answer`.
 
     Source: Algorithm 3. That the first answer token is computed densely, that the softmax runs over
     all keys and that keys are not rotated anew is how public readers understand the paper.
@@ -164,7 +170,7 @@ class RetrievalCache(KVCache):
         N, D)."""
         _, H, M, _ = q.shape
         received = attention_colsum(q, k, causal=True)[0].sum(0)  # (N,)
-        return received[self.visual.to(q.device)] / (H * M)
+        return received[self.visual] / (H * M)
 
     def start_answer(self) -> None:
         """Select the most relevant visual rows of every layer and pack them with all text."""
@@ -174,7 +180,7 @@ class RetrievalCache(KVCache):
             reads = len(self.relevance) / layers
             raise ValueError(f"a question must be read in one pass, got {reads:g}")
         retrieved = [select_tokens(relevance, keep) for relevance in self.relevance]
-        packed = KVCache(layers, capacity=N - V + keep + self.capacity)
+        packed = KVCache(layers, capacity=N - V + keep + ROOM)
         for layer, chosen in enumerate(retrieved):
             rows = self.packed_rows(chosen)[None]
             k, v = self.k[layer][:, :, :N], self.v[layer][:, :, :N]
@@ -184,10 +190,9 @@ class RetrievalCache(KVCache):
     def packed_rows(self, chosen: Tensor) -> Tensor:
         """Rows of the main cache to pack, ascending: all text and the chosen of the V visual
         tokens."""
-        visual = self.visual.to(chosen.device)
         wanted = torch.ones(self.length, dtype=torch.bool, device=chosen.device)
-        wanted[visual] = False
-        wanted[visual[chosen]] = True
+        wanted[self.visual] = False
+        wanted[self.visual[chosen]] = True
         return wanted.nonzero()[:, 0]
 
     def truncate(self, length: int) -> None:
@@ -272,7 +277,8 @@ class SparseVILA:
         self.stats: dict = {}
         self._turns: list[tuple[int, list[int]]] = []  # (cache length before, tokens not yet read)
 
-    # The two insertions of the method; override them to build another one.
+    # The two insertions of the method. For another one override `prune`, and `cache_type` (a
+    # RetrievalCache with another `score`) or `new_cache` (any other KVCache).
 
     cache_type = RetrievalCache
 
@@ -287,7 +293,8 @@ class SparseVILA:
         return cache
 
     def see(self, images: str | Path | Image.Image | list[str | Path | Image.Image]) -> None:
-        """Encode, prune and prefill one picture or a list of pictures or frames; forget the rest.
+        """Encode, prune and prefill one picture or a list of pictures or frames; forget everything
+        before.
 
         Raises: ValueError or OSError for what is no picture, and for more visual tokens than the
         model's context holds. A call that fails leaves the session as it was.
@@ -308,13 +315,13 @@ class SparseVILA:
         limit = self.model.config.text.max_positions
         if following >= limit:
             raise ValueError(
-                f"{len(pictures)} pictures with {len(visual)} visual tokens need {following} "
-                f"positions, the model has {limit}: show fewer or raise prefill_sparsity"
+                f"{len(pictures)} pictures with {len(visual)} visual tokens take {following} of "
+                f"the model's {limit} positions and leave none for a question: show fewer"
             )
         rows = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]
-        cache = self.new_cache(rows, capacity=len(ids) + 256)
+        cache = self.new_cache(rows.to(self.model.device), capacity=len(ids) + ROOM)
         self.model.read(self.model.embed(ids, visual), cache, positions=positions)
-        cache.following[-1] = following
+        cache.following[-1] = following  # beyond the last row if the last tokens were pruned
         watch.lap("prefill")
         stats = {
             "pictures": len(pictures),
@@ -325,20 +332,23 @@ class SparseVILA:
         self.cache, self.kept, self.stats, self._turns = cache, index, stats, []
 
     def _context(self, index: Tensor, n: int, images: int) -> tuple[list[int], Tensor, int]:
-        """Token ids before the first question, their positions (T,), and the one after them."""
+        """Token ids before the first question, their positions (T,), and the position that
+        follows."""
         tokens = self.flat(index, n)
         counts = torch.bincount(tokens // n, minlength=images).tolist()
         ids = self.processor.context(counts)
         if self.positions == "contiguous":
             return ids, torch.arange(len(ids)), len(ids)
         everything = torch.tensor(self.processor.context([n] * images))
-        stays = everything != self.processor.image_token_id
-        stays[(~stays).nonzero()[:, 0][tokens]] = True
+        visual = everything == self.processor.image_token_id
+        stays = ~visual
+        stays[visual.nonzero()[:, 0][tokens]] = True
         return ids, stays.nonzero()[:, 0], len(everything)
 
     @staticmethod
     def flat(index: Tensor, n: int) -> Tensor:
-        """The index of `prune` over pictures of n tokens as one list (V,) into all their tokens."""
+        """The index from `prune`, (images, K) within each picture of n tokens or (1, K) over all,
+        as one list (V,) into images * n tokens, on the CPU."""
         return (index.cpu() + n * torch.arange(len(index))[:, None]).flatten()
 
     def ask(
@@ -392,15 +402,16 @@ class SparseVILA:
             self.cache.truncate(start)
             raise
 
-    def _answer(self, text: str, tokens: list[int], read: int, timings: dict) -> Answer:
-        """The answer after so many rows were read; notes in `stats` what decoding attended to."""
+    def _answer(self, text: str, tokens: list[int], rows_read: int, timings: dict) -> Answer:
+        """The Answer, decoded after `rows_read` rows of context and question; records in `stats`
+        what decoding attended to."""
         visual = self.stats["visual_tokens"]
         everything = [torch.arange(visual["kept"])] * len(self.cache.k)
         retrieved = getattr(self.cache, "retrieved", everything)  # a dense cache leaves nothing out
         attended = [len(chosen) for chosen in retrieved]
         self.stats = self.stats | {"visual_tokens": visual | {"attended": attended}}
         row = self.cache.k[0][:, :, 0].nbytes + self.cache.v[0][:, :, 0].nbytes
-        rows = sum(read - visual["kept"] + count for count in attended)
+        rows = sum(rows_read - visual["kept"] + count for count in attended)
         return Answer(text, tokens, retrieved, timings, kv_bytes_per_token=row * rows)
 
     def forget(self) -> None:
@@ -469,17 +480,17 @@ def overlay(
         draw = ImageDraw.Draw(panel)
         draw.text((4, 4), question, "black", font)
         draw.text((4, 26), answer.text, "black", font)
-        for n, view in enumerate(views):
-            tokens = range(n * side * side, (n + 1) * side * side)
+        for number, view in enumerate(views):
+            tokens = range(number * side * side, (number + 1) * side * side)
             dropped = ~torch.isin(torch.tensor(tokens), kept)
             picture = _mark(
                 view.resize((edge, edge)), side, dropped, votes[tokens.start : tokens.stop]
             )
-            panel.paste(picture, (n * (edge + 8) + 4, 52))
+            panel.paste(picture, (number * (edge + 8) + 4, 52))
         panels.append(panel)
     whole = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
-    for n, panel in enumerate(panels):
-        whole.paste(panel, (n * panel.width, 0))
+    for number, panel in enumerate(panels):
+        whole.paste(panel, (number * panel.width, 0))
     return whole
 
 
@@ -566,7 +577,7 @@ def read_frames(path: str) -> list[Image.Image]:
         if not files:
             raise ValueError(f"the folder {path} holds no frames")
         return [open_picture(file) for file in files]
-    open_picture(path)  # all errors of a single picture
+    open_picture(path)  # refuses whatever --image would refuse
     with Image.open(path) as animation:
         try:
             return [open_picture(frame.copy()) for frame in ImageSequence.Iterator(animation)]
@@ -582,8 +593,8 @@ def ask_all(
 
 
 def chat(session: SparseVILA, sampling: dict) -> None:
-    """Questions from standard input, answers streamed. Ctrl-C ends an answer, at the prompt the
-    chat."""
+    """Questions from standard input, answers streamed. Ctrl-C stops an answer; at the prompt it
+    ends the chat."""
     while True:
         try:
             question = input("> ")
@@ -674,6 +685,8 @@ def run(arguments: argparse.Namespace) -> None:
         "positions": arguments.positions,
         "protocol": arguments.protocol or ("conversation" if arguments.chat else "evaluation"),
     }
+    if arguments.dense:
+        settings |= {"prefill_sparsity": 0.0, "decode_sparsity": 0.0}
     sampling = {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
@@ -685,15 +698,15 @@ def run(arguments: argparse.Namespace) -> None:
         session.see(images)
         return chat(session, sampling)
 
+    sessions = {"dense" if arguments.dense else "sparse": session}
+    if not (arguments.dense or arguments.json):
+        sessions = {"dense": Dense(model, processor, **settings)} | sessions
+    for warm_up in sessions.values():  # first calls pay for thread pools and memory
+        ask_all(warm_up, images, questions[:1], sampling | {"max_new_tokens": 2})
     columns = {}
-    compare = not (arguments.dense or arguments.json)
-    if compare:
-        dense = Dense(model, processor, **settings)
-        for warm_up in (dense, session):  # first calls pay for thread pools and memory
-            ask_all(warm_up, images, questions[:1], sampling | {"max_new_tokens": 2})
-        columns["dense"] = summary(dense, questions, ask_all(dense, images, questions, sampling))
-    answers = ask_all(session, images, questions, sampling)
-    columns["dense" if arguments.dense else "sparse"] = summary(session, questions, answers)
+    for name, each in sessions.items():
+        answers = ask_all(each, images, questions, sampling)
+        columns[name] = summary(each, questions, answers)
     where = {
         "model": str(arguments.model),
         "device": str(model.device),

@@ -1,4 +1,4 @@
-"""Everything that `../shared/design.md` calls exact, on random models and on the tiny one.
+"""Everything under "What is exact" in README.md, on random models and on the tiny one.
 
 "Same bits" is `torch.equal`. The dense path is written out here from `VLM` and `KVCache` alone, so
 that it shares no code with the session it is compared to.

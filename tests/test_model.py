@@ -150,11 +150,29 @@ def test_sampling_follows_the_seed_and_the_distribution():
         assert abs(draws.count(token) / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
     assert {sample(logits, 1.0, 0.79, generator) for _ in range(200)} == {0, 1}
     assert {sample(logits, 1.0, 0.81, generator) for _ in range(200)} == {0, 1, 2}
-    assert {sample(logits, 0.01, 1.0, generator) for _ in range(50)} == {0}
+    for cold in (0.01, 1e-40, 5e-324):
+        assert {sample(logits, cold, 1.0, generator) for _ in range(50)} == {0}
     vlm, _ = random_model(7)
     kwargs = {"max_new_tokens": 8, "temperature": 2.0}
     first, again, other = (vlm.generate(vlm.embed([5]), seed=s, **kwargs) for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_generating_leaves_the_global_random_numbers_alone():
+    vlm, _ = random_model(7)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    vlm.generate(vlm.embed([5]), max_new_tokens=4, temperature=1.0)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_encode_refuses_pictures_of_another_size():
+    vlm, _ = random_model(7)
+    side = vlm.config.vision.image_size
+    message = rf"pixels must be \(images, 3, {side}, {side}\), got \(1, 3, {side + 1}, {side}\)"
+    with pytest.raises(ValueError, match=message):
+        vlm.encode(torch.zeros(1, 3, side + 1, side))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +184,7 @@ def test_sampling_follows_the_seed_and_the_distribution():
         ({"temperature": math.nan}, "got nan"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*63\), got -1"),
-        ({"max_new_tokens": 2048}, "the context holds 1 to 2048 positions, but 3 are read"),
+        ({"max_new_tokens": 2048}, "the model has 2048 positions: 3 are taken"),
     ],
 )
 def test_generate_refuses_before_anything_is_written(changes, message):
@@ -181,7 +199,7 @@ def test_generate_refuses_before_anything_is_written(changes, message):
 def test_the_last_position_of_the_context_can_be_used():
     vlm, _ = random_model(8)
     assert len(vlm.generate(vlm.embed([5] * 2040), max_new_tokens=9, stop_ids=[])) == 9
-    with pytest.raises(ValueError, match="context"):
+    with pytest.raises(ValueError, match="answer up to 9"):
         vlm.generate(vlm.embed([5] * 2040), max_new_tokens=10)
 
 

@@ -88,7 +88,7 @@ def test_ask_refuses(tiny, board):
         session.ask("what?", max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature"):
         session.ask("what?", temperature=float("nan"))
-    with pytest.raises(ValueError, match="the context holds 1 to 2048 positions"):
+    with pytest.raises(ValueError, match="the model has 2048 positions"):
         session.ask("what? " * 3000)
     assert session.cache.length == length and not session.cache.relevance
 
@@ -145,7 +145,7 @@ def test_streamed_text_is_the_final_text(tiny, ids):
     assert "" not in pieces
 
 
-@given(st.text(max_size=30))
+@given(st.text("aé漢😀 ?\n", max_size=30))  # one to four bytes, each byte a token
 def test_streamed_text_never_shows_half_a_character(tiny, text):
     ids = tiny[1].tokenizer.encode(text, add_special_tokens=False).ids
     pieces = []
@@ -153,8 +153,8 @@ def test_streamed_text_never_shows_half_a_character(tiny, text):
     for token in ids:
         stream.add(token)
     stream.finish()
-    assert "".join(pieces) == text.lower().lstrip() or "\ufffd" not in "".join(pieces[:-1])
-    assert "".join(pieces) == stream.text
+    assert "".join(pieces) == text.lstrip()
+    assert "\ufffd" not in "".join(pieces)
 
 
 def test_an_answer_streams_what_it_returns(tiny, board):
@@ -204,6 +204,8 @@ def test_json_is_one_object_and_nothing_else():
 def test_dense_alone():
     content = json.loads(run("--dense", "--json").stdout)
     assert content["visual_tokens"] == {"encoded": 100, "kept": 100, "attended": [100] * 4}
+    settings = content["settings"]
+    assert settings["prefill_sparsity"] == settings["decode_sparsity"] == 0
 
 
 def test_a_clip_as_a_file_and_as_a_folder(tmp_path):
@@ -249,7 +251,7 @@ def test_chat_streams_answers_and_survives_bad_questions():
         (["--decode-sparsity", "nan"], "decode_sparsity must be in [0, 1), got nan"),
         (["--prefill-sparsity", "x"], "invalid float value: 'x'"),
         (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
-        (["--max-new-tokens", "9999"], "the context holds 1 to 2048 positions"),
+        (["--max-new-tokens", "9999"], "the model has 2048 positions"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--ask", " "], "question must be a text that is not empty"),
         (["--model", "missing/folder/here"], "no folder missing/folder/here"),

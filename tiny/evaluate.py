@@ -3,9 +3,9 @@ README.md.
 
 Every picture is asked for a colour, a digit, a place and a count, in random order in one session;
 every clip which frame shows a digit. Answers are generated freely, token by token, and must be
-right to the last character; the *first* word (computed densely, straight after the question) and
-the *later* ones (decoded from what was retrieved) are also counted apart, and so are the first and
-the later questions of a session.
+right to the last character. For colour, digit and place together, the *first* word (computed
+densely, straight after the question) and the *later* ones (decoded from what was retrieved) are
+also counted apart, and so are the first and the later questions of a session.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from model import load  # noqa: E402
-from sparsevila import Dense, RetrievalCache, SparseVILA, prune  # noqa: E402
+from sparsevila import Dense, RetrievalCache, SparseVILA  # noqa: E402
 from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
 
 LOOKUPS = ("color", "digit", "place")
@@ -34,12 +34,12 @@ class RandomPruning(SparseVILA):
     """SparseVILA with a salience that means nothing."""
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return prune(features, torch.rand_like(salience), self.prefill_sparsity)
+        return super().prune(features, torch.rand_like(salience))
 
 
 class RandomCache(RetrievalCache):
     def score(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.rand(len(self.visual))
+        return torch.rand(len(self.visual), device=q.device)
 
 
 class RandomRetrieval(SparseVILA):

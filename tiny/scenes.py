@@ -5,9 +5,9 @@ background. The picture is a board of 10 x 10 cells, each the size of one of the
 named as in chess: a1 is bottom left, j10 top right. Within a scene every digit and every colour
 occurs at most once, so that each of them names one glyph.
 
-Every answer has several words: the first answers the question, the later ones are about the same
-glyph. SparseVILA computes the first answer token densely; only later ones show whether retrieval
-works.
+Every answer has several words: the first answers the question, the later ones say more about the
+same glyph or, for a count, list the digits. SparseVILA computes the first answer token densely;
+only later ones show whether retrieval works.
 """
 
 import random
