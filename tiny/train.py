@@ -9,7 +9,7 @@ goes on where its last state was saved and ends with the same model:
    puts the place into the features, as large towers do.
 2. *Decoder.* The tower is frozen and its features are scaled to unit variance; projector and
    decoder learn to answer eight questions a scene: first look-ups in single pictures, then all
-   kinds of questions, clips as well. Then half of the sequences are conversations; in the others
+   kinds of questions, in clips as well. Then half of the sequences are conversations; in the others
    every question sees the pictures but not the other questions (the evaluation protocol).
 
 Nothing is ever pruned or dropped in training: the method is training-free.
@@ -57,14 +57,14 @@ from tiny.scenes import (  # noqa: E402
 )
 
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1200, 48, 1.5e-3
-DECODER_STEPS, DECODER_BATCH, DECODER_RATE = 2400, 32, 2e-3
-SIMPLE_STEPS = 600
+DECODER_STEPS, DECODER_BATCH, DECODER_RATE = 4000, 24, 2e-3
+SIMPLE_STEPS = 400  # of the decoder: single pictures, look-ups only
 QUESTIONS = 8  # per scene
-CLIP_SHARE, CLIP_FRAMES, CLIP_BATCH = 0.25, (2, 4), 12
-HEADS = [11, 1 + len(COLORS), 1 + BOARD, 1 + BOARD]  # none or a digit, a colour, a row, a column
+CLIP_SHARE, CLIP_FRAMES, CLIP_BATCH = 0.5, (2, 4), 8
+HEADS = [11, 1 + len(COLORS), BOARD, BOARD]  # none or a digit, none or a colour, row, column
+SINK = 0.35  # length of every embedding along the direction of <s>
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 STATE = HERE / "training_state.pt"  # deleted when the model is finished
-MARGIN = 16.0
 SAVE_EVERY = 200  # steps
 
 
@@ -72,17 +72,17 @@ SAVE_EVERY = 200  # steps
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE in which every word of the task is one token; any other text falls into
-    bytes."""
+    """Byte-level BPE in which every word of the task is one token, together with a comma before it
+    (", c4"), so that each can be looked up from the one before; any other text falls into bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
-    words = Regex(r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+")
+    words = Regex(r",? ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=768,
+        vocab_size=1024,  # it finds fewer
         special_tokens=SPECIAL,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -116,17 +116,18 @@ def normalise(frames: Tensor) -> Tensor:
 
 
 def patch_labels(scene: Scene) -> Tensor:
-    """(frames, patches, 4) int64: digit, colour, row and column of the patch's glyph, each counted
-    from 1; 0 without a glyph."""
+    """(frames, patches, 4) int64: digit and colour of the patch's glyph, counted from 1 (0: none),
+    row and column of the patch."""
     labels = torch.zeros(scene.frames, BOARD, BOARD, 4, dtype=torch.int64)
+    labels[..., 2], labels[..., 3] = torch.arange(BOARD)[:, None], torch.arange(BOARD)
     for glyph in scene.glyphs:
-        values = (glyph.digit, list(COLORS).index(glyph.color), glyph.row, glyph.column)
-        labels[glyph.frame, glyph.row, glyph.column] = 1 + torch.tensor(values)
+        values = torch.tensor([glyph.digit, list(COLORS).index(glyph.color)])
+        labels[glyph.frame, glyph.row, glyph.column, :2] = 1 + values
     return labels.flatten(1, 2)
 
 
 def draw_turns(scene: Scene, rng: random.Random, count_share: float) -> list[tuple[str, str]]:
-    """Eight questions about a scene; with that probability one is the counting question."""
+    """Questions about a scene; with that probability one is the counting question."""
     kinds = ["color", "digit", "place"] + (["frame"] if scene.frames > 1 else [])
     chosen = [rng.choice(kinds) for _ in range(QUESTIONS)]
     if rng.random() < count_share:
@@ -224,36 +225,63 @@ def tower_loss(model: VLM, heads: Heads, seed: int, step: int) -> tuple[Tensor, 
     return loss, f"patches {right.all(0)[glyph].float().mean():.3f} class token {seen:.3f}"
 
 
-# --- between the stages: where the decoder starts from -------------------------------------------
+# --- between the stages: where projector and decoder start from ----------------------------------
 
 
 @torch.no_grad()
-def start_decoder(model: VLM, heads: Heads, tokenizer: Tokenizer, seed: int) -> None:
-    """Start projector and decoder near something useful: from plain noise they take thousands of
-    steps to notice the few glyphs among a hundred patches."""
-    units = start_projector(model, heads, seed)
-    E, D = model.config.text.width, model.config.text.head_dim
-    words, head = model.decoder.embed_tokens.weight, model.lm_head.weight
-    words.normal_()
-    rows, columns = torch.randn(2, BOARD, E) * 0.7
+def start_words(model: VLM, heads: Heads, tokenizer: Tokenizer, sink: Tensor) -> None:
+    """A visual token starts as the sum of the embeddings of the words that the tower reads from its
+    patch: from plain noise the decoder takes far longer to notice a few glyphs in a hundred."""
+    E = model.config.text.width
+
+    def vectors(n: int) -> Tensor:
+        x = torch.randn(n, E)
+        return x - (x @ sink)[:, None] * sink
+
+    digits, colors = vectors(1 + 10), vectors(1 + len(COLORS))  # the first of each: none
+    rows, columns = 0.7 * vectors(BOARD), 0.7 * vectors(BOARD)
+    meaning = dict(zip(map(str, range(10)), digits[1:])) | dict(zip(COLORS, colors[1:]))
     for row in range(BOARD):
         for column in range(BOARD):
-            cell = Glyph(0, "", row, column, 0).cell
-            words[word_id(tokenizer, cell)] = rows[row] + columns[column]
-    head.copy_(0.3 * words)
-    # A glyph's visual token is the sum of its words: digit, colour, row and column.
-    names = [*map(str, range(10)), *COLORS]
-    digits_and_colors = words[[word_id(tokenizer, name) for name in names]]
-    mix = model.projector.linear_2.weight
-    mix[:, :units] = torch.cat([digits_and_colors, rows, columns]).T
-    mix[:, units:] *= 0.05
-    # Mimetic initialisation (Trockman and Kolter, arXiv 2305.09828): queries look for keys of
-    # similar content, values are passed on as they are.
+            meaning[Glyph(0, "", row, column, 0).cell] = rows[row] + columns[column]
+    words = model.decoder.embed_tokens.weight
+    words.copy_(vectors(len(words)))
+    for word, vector in meaning.items():
+        for spelling in (f" {word}", f", {word}"):
+            ids = tokenizer.encode(spelling, add_special_tokens=False).ids
+            if len(ids) == 1:
+                words[ids[0]] = vector + 0.3 * vectors(1)[0]
+    model.lm_head.weight.copy_(0.3 * words)
+    words += SINK * E**0.5 * sink
+    words[tokenizer.token_to_id("<s>")] = E**0.5 * sink
+    # The projector's first units are those of the tower's heads, about 2.5 where a head is sure.
+    weight = torch.cat([part - part.mean(0) for part in heads.patch.weight.split(HEADS)]) / 4
+    bias = torch.cat([part - part.mean() for part in heads.patch.bias.split(HEADS)]) / 4
+    first, second = model.projector.linear_1, model.projector.linear_2
+    first.weight[: len(bias)] = weight * model.feature_std
+    first.bias[: len(bias)] = bias + weight @ model.feature_mean
+    second.weight[:, : len(bias)] = torch.cat([digits, colors, rows, columns]).T
+    second.weight[:, len(bias) :] *= 0.05
+    second.bias.copy_(SINK * 2.5 * 2 * E**0.5 * sink)
+
+
+@torch.no_grad()
+def start_attention(model: VLM, sink: Tensor) -> None:
+    """Mimetic initialisation (Trockman and Kolter, arXiv 2305.09828): queries look for keys of
+    similar content, values are passed on as they are. A query that finds nothing attends to <s>, an
+    attention sink (Xiao et al., arXiv 2309.17453) as in large models; without it the model rests on
+    the empty patches, and misses them once they are pruned."""
+    text = model.config.text
+    E, D, group = text.width, text.head_dim, text.heads // text.kv_heads
     for block in model.decoder.layers:
         attention = block.self_attn
-        group = model.config.text.heads // model.config.text.kv_heads
-        for g in range(model.config.text.kv_heads):
-            match, carry = (torch.linalg.qr(torch.randn(E, D))[0].T for _ in range(2))
+        for g in range(text.kv_heads):
+            match, carry = torch.randn(E, D), torch.randn(E, D)
+            match[:, 0] = sink
+            match, carry = (torch.linalg.qr(x)[0].T for x in (match, carry))
+            match = match.roll(-1, 0)  # the sink in the last of the D: it turns least with distance
+            match[-1] *= 1.22
+            carry = carry - (carry @ sink)[:, None] * sink
             attention.k_proj.weight[g * D : (g + 1) * D] = match
             attention.v_proj.weight[g * D : (g + 1) * D] = carry
             for h in range(g * group, (g + 1) * group):
@@ -262,28 +290,14 @@ def start_decoder(model: VLM, heads: Heads, tokenizer: Tokenizer, seed: int) -> 
         block.mlp.down_proj.weight.normal_(std=0.02)
 
 
-def word_id(tokenizer: Tokenizer, word: str) -> int:
-    (token,) = tokenizer.encode(" " + word, add_special_tokens=False).ids
-    return token
-
-
-def start_projector(model: VLM, heads: Heads, seed: int) -> int:
-    """Scale the features f that the projector sees to zero mean and unit variance, (f - m) / s, and
-    make its first units those of the tower's heads: one for every digit, colour, row and column,
-    its score minus that of "none" and a margin. Patches without a glyph are nearly silent."""
+@torch.no_grad()
+def measure_features(model: VLM, seed: int) -> None:
+    """Mean and standard deviation of the features that the projector sees as (f - mean) / std."""
     rng = random.Random(f"train {seed} scale")
     frames = torch.cat([render(make_scene(rng), rng) for _ in range(64)])
     features = model.encode(normalise(frames))[0].flatten(0, 1)
     model.feature_mean.copy_(features.mean(0))
     model.feature_std.copy_(features.std(0))
-    head, first, sizes = heads.patch, model.projector.linear_1, torch.tensor(HEADS)
-    none = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    units = (torch.arange(len(none)) != none).nonzero()[:, 0]
-    weight = (head.weight - head.weight[none])[units]
-    bias = (head.bias - head.bias[none])[units] + weight @ model.feature_mean
-    first.weight[: len(units)] = weight * model.feature_std / 4
-    first.bias[: len(units)] = (bias - MARGIN) / 4
-    return len(units)
 
 
 # --- stage 2: projector and decoder ---------------------------------------------------------------
@@ -388,7 +402,10 @@ def train(seed: int, out: Path) -> None:
             lambda step: tower_loss(model, heads, seed, step),
             TOWER_STEPS, TOWER_RATE, state, lambda *args: save(0, *args),
         )  # fmt: skip
-        start_decoder(model, heads, tokenizer, seed)
+        measure_features(model, seed)
+        sink = F.normalize(torch.randn(model.config.text.width), dim=0)
+        start_words(model, heads, tokenizer, sink)
+        start_attention(model, sink)
         state = {"step": 0, "optimizer": None}
         save(1, 0, None)
     run_stage(
