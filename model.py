@@ -125,7 +125,7 @@ class Config:
 def _family(folder: Path, raw: dict) -> str:
     """The model_type of a config.json, if it is one that this file reads."""
     family = raw.get("model_type")
-    if family not in PROMPTS:
+    if family not in list(PROMPTS):  # a list, for what cannot be hashed
         raise ValueError(
             f"{folder}: model_type {family!r} is not supported, accepted: {', '.join(PROMPTS)}"
         )
@@ -142,7 +142,7 @@ def _vision_config(raw: dict) -> VisionConfig:
         mlp=_size(section, "intermediate_size", 3072),
         layers=_size(section, "num_hidden_layers", 12, most=1000),
         heads=_size(section, "num_attention_heads", 12),
-        image_size=_size(section, "image_size", 224),
+        image_size=_size(section, "image_size", 224, most=2**16),
         patch_size=_size(section, "patch_size", 32),
         activation=_activation(section, "hidden_act", "quick_gelu"),
         eps=_number(section, "layer_norm_eps", 1e-5),
@@ -173,7 +173,9 @@ def _text_config(raw: dict) -> TextConfig:
     if section.get("hidden_act", "silu") != "silu":
         raise ValueError(f"the decoder's hidden_act must be 'silu', got {section['hidden_act']!r}")
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope scaling {kind!r} is not supported, accepted: none")
     width = _size(section, "hidden_size", 4096)
@@ -227,7 +229,7 @@ def _section(raw: dict, key: str) -> dict:
     return raw[key]
 
 
-def _size(section: dict, key: str, default: int, most: int = 2**31) -> int:
+def _size(section: dict, key: str, default: int, most: int = 2**24) -> int:
     value = section.get(key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value <= most:
@@ -237,14 +239,14 @@ def _size(section: dict, key: str, default: int, most: int = 2**31) -> int:
 
 def _number(section: dict, key: str, default: float) -> float:
     value = section.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < 2**127:
         raise ValueError(f"{key} must be a positive number, got {value!r}")
     return float(value)
 
 
 def _activation(section: dict, key: str, default: str) -> str:
     name = section.get(key, default)
-    if name not in ACTIVATIONS:
+    if name not in list(ACTIVATIONS):
         raise ValueError(f"{key} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return name
 
@@ -789,7 +791,12 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token id from logits (vocabulary,): the likeliest at temperature 0, else a draw."""
+    """One token id from logits (vocabulary,): the likeliest at temperature 0, else a draw. Raises:
+    ValueError for NaN logits."""
+    if logits.isnan().any():
+        raise ValueError(
+            f"the logits are NaN: damaged weights, or an overflow in {str(logits.dtype)[6:]}"
+        )
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.double().cpu()
@@ -890,7 +897,7 @@ def _weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which is not there")
+            raise FileNotFoundError(f"{index} names {file.name!r}, which is not there")
         if file.suffix != ".safetensors":
             raise ValueError(f"{file.name} refused, accepted: .safetensors (pickles can run code)")
     if not files:
@@ -1086,7 +1093,14 @@ class Processor:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{file} is damaged: {error}") from None
         image_config = _read_json(folder / "preprocessor_config.json")
-        return cls(tokenizer, prompt, _image_token_id(raw), image_config)
+        processor = cls(tokenizer, prompt, _image_token_id(raw), image_config)
+        size = _vision_config(raw).image_size
+        if processor.image_size != size:
+            raise ValueError(
+                f"{folder}: crop_size must be the tower's image_size {size}, "
+                f"got {processor.image_size}"
+            )
+        return processor
 
     def pixels(self, images: list[Image.Image]) -> Tensor:
         """Upright RGB pictures -> (images, 3, S, S) float32: the shorter side resized to the
@@ -1143,7 +1157,10 @@ class Processor:
             text = template[position : match.start() if match else None]
             if text:
                 text = text.replace("{question}", question)
-                ids += self._plain.encode(text, add_special_tokens=False).ids
+                try:
+                    ids += self._plain.encode(text, add_special_tokens=False).ids
+                except Exception as error:  # tokenizers raises TypeError and bare Exception
+                    raise ValueError(f"text that cannot be tokenized: {text!r} ({error})") from None
             if match:
                 ids.append(self.tokenizer.token_to_id(match.group()))
                 position = match.end()
@@ -1153,8 +1170,9 @@ class Processor:
 def _edge(image_config: dict, key: str, *spellings: set[str]) -> int:
     """One edge length: a number, or an object with exactly these keys and one value."""
     value = image_config.get(key)
-    if isinstance(value, dict) and set(value) in spellings and len(set(value.values())) == 1:
-        value = next(iter(value.values()))
+    if isinstance(value, dict) and set(value) in spellings:
+        edges = list(value.values())
+        value = edges[0] if edges == edges[:1] * len(edges) else value
     if type(value) is not int or not 1 <= value <= 2**16:
         raise ValueError(
             f"{key} in preprocessor_config.json must be one edge in [1, 65536], got {value!r}"
@@ -1165,8 +1183,10 @@ def _edge(image_config: dict, key: str, *spellings: set[str]) -> int:
 def _per_channel(image_config: dict, key: str, default: list[float]) -> Tensor:
     """One number for each of red, green and blue, (3, 1, 1)."""
     values = image_config.get(key, default)
-    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    if not numbers or len(values) != 3:
+    numbers = isinstance(values, list) and all(
+        type(value) in (int, float) and abs(value) < 2**127 for value in values
+    )
+    if not numbers or len(values) != 3 or (key == "image_std" and 0 in values):
         raise ValueError(f"{key} in preprocessor_config.json must be 3 numbers, got {values!r}")
     return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 

@@ -271,7 +271,7 @@ NORM = "language_model.model.norm.weight"
         (index_to("/etc/passwd"), ValueError, "names '/etc/passwd', accepted"),
         (index_to("sub\\x.safetensors"), ValueError, "accepted: files in the same folder"),
         (index_to("config.json"), ValueError, "config.json refused, accepted: .safetensors"),
-        (lose_a_shard, FileNotFoundError, "names model-00002-of-00003.safetensors, which is not"),
+        (lose_a_shard, FileNotFoundError, "names 'model-00002-of-00003.safetensors', which is not"),
         (write("model.safetensors.index.json", "{}"), ValueError, "has no weight_map"),
         (
             remove("model.safetensors"),
@@ -289,7 +289,21 @@ NORM = "language_model.model.norm.weight"
         (config(prompt={"start": "x", "end": "y"}), ValueError, "prompt in config.json must hold"),
         (config(prompt={"start": 3}), ValueError, "prompt in config.json must hold texts"),
         (config(prompt="x"), ValueError, "prompt in config.json must hold texts"),
-        (text_config(rope_scaling="yarn"), ValueError, "rope scaling 'yarn'"),
+        (text_config(rope_scaling="yarn"), ValueError, "rope_parameters must be an object, got 'y"),
+        (text_config(rope_theta=10**400), ValueError, "rope_theta must be a positive number"),
+        (
+            text_config(hidden_size=2**31),
+            ValueError,
+            "hidden_size must be an integer in",
+        ),
+        (
+            vision_config(image_size=2**31),
+            ValueError,
+            "image_size must be an integer in",
+        ),
+        (vision_config(hidden_act=[]), ValueError, r"hidden_act must be one of .*, got \[\]"),
+        (config(model_type={}), ValueError, "model_type {} is not supported"),
+        (config(projector_hidden_act=[1]), ValueError, r"got \[1\]"),
         (
             text_config(rope_theta=None),
             ValueError,

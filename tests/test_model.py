@@ -158,6 +158,13 @@ def test_sampling_follows_the_seed_and_the_distribution():
     assert first == again != other
 
 
+def test_nan_logits_are_refused():
+    logits = torch.tensor([1.0, math.nan], dtype=torch.float16)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="the logits are NaN: .* an overflow in float16"):
+            sample(logits, temperature, 1.0, torch.Generator())
+
+
 def test_generating_leaves_the_global_random_numbers_alone():
     vlm, _ = random_model(7)
     torch.manual_seed(3)

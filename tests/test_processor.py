@@ -1,11 +1,13 @@
 """Pictures of every kind to pixels, text to tokens."""
 
 import math
+import re
 import struct
 import zlib
 
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
@@ -214,6 +216,9 @@ def test_a_whole_prompt_is_tokenised_as_the_family_does():
         ({"resample": 99}, "99"),
         ({"image_mean": [0.5]}, r"image_mean in .* must be 3 numbers, got \[0.5\]"),
         ({"image_std": "x"}, "image_std in .* must be 3 numbers"),
+        ({"image_std": [1, 0, 1]}, "image_std in .* must be 3 numbers"),
+        ({"image_mean": [10**400] * 3}, "image_mean in .* must be 3 numbers"),
+        ({"crop_size": {"height": [8], "width": [8]}}, "crop_size in preprocessor_config.json"),
         ({"rescale_factor": 0}, "rescale_factor must be a positive number, got 0"),
     ],
 )
@@ -221,3 +226,12 @@ def test_odd_picture_settings_are_refused(changes, message):
     tokenizer = llama_tokenizer()
     with pytest.raises(ValueError, match=message):
         Processor(tokenizer, PROMPTS["llava"], 9, IMAGE_CONFIG | changes)
+
+
+def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        text = (TINY / name).read_text()
+        text = re.sub('"(height|width)": 160', r'"\1": 128', text)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="crop_size must be the tower's image_size 160, got 128"):
+        Processor.from_pretrained(tmp_path)

@@ -84,6 +84,8 @@ def test_ask_refuses(tiny, board):
     for question in ("", "  \n", None, 3):
         with pytest.raises(ValueError, match="question must be a text that is not empty"):
             session.ask(question)
+    with pytest.raises(ValueError, match="cannot be tokenized"):
+        session.ask("what \udc80?")
     with pytest.raises(ValueError, match="max_new_tokens"):
         session.ask("what?", max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature"):
