@@ -1,4 +1,5 @@
-"""The four array operations SparseVILA is made of, each as the few lines of PyTorch that define it.
+"""The four array operations SparseVILA is made of: as Triton kernels, and as the few lines of
+PyTorch that define them.
 
     attention_lse      log of the softmax denominator, one number per query row
     attention_colsum   how much attention every key receives: the column sums of the softmax matrix
@@ -7,30 +8,45 @@
 
 `attention_colsum` is the operation the method rests on: pruning reads it off the vision tower,
 retrieval off every decoder layer. The softmax matrix A (M x N) is never stored. A first pass over
-the scores leaves each row's log-sum-exp, a second pass adds exp(score - lse) into the columns; both
-walk the rows in chunks, so that beside a float32 copy of k only two blocks of scores are held, each
-of `CHUNK_BYTES` (or one query row per head, if that is more).
+the scores leaves each row's log-sum-exp, a second pass adds exp(score - lse) into the columns.
 
-For every operation `<name>` there is a `<name>_reference`, the plain PyTorch definition. `<name>`
-checks its arguments, then dispatches: to a fused kernel where this file has one for the device, to
-the reference everywhere else. (The fused Triton kernels are not here yet; every device runs the
-reference.)
+For every operation `<name>` there is a `<name>_reference`, its definition in plain PyTorch, and a
+Triton kernel. `<name>` checks its arguments and dispatches: tensors on a CUDA device go to the
+kernel, all others to the reference (also where triton is not installed). With TRITON_INTERPRET=1 in
+the environment the kernels run on the CPU, one program after the other, for tests and debuggers.
+
+The kernels use no atomics: every output element is written by one program, which adds in a fixed
+order, so that the same input gives the same bits every time.
 
 Axes: B batch, H query heads, G key/value heads (G divides H: query head h reads key head h // (H /
-G)), M query rows, N key columns, D head size, E hidden size, K gathered rows. The method and the
-streaming scheme: SparseVILA (arXiv 2510.17777), Algorithm 2.
+G)), M query rows, N key columns, D head size, E hidden size, K gathered rows, S splits. The method
+and the streaming scheme: SparseVILA (arXiv 2510.17777), Algorithm 2; the running maximum:
+FlashAttention (arXiv 2205.14135); splitting a decoding step over the keys: Flash-Decoding.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # a block of float32 scores; a pass holds two
+try:
+    import triton
+    import triton.language as tl
+
+    jit, INTERPRETED = triton.jit, bool(triton.knobs.runtime.interpret)
+except ImportError:  # macOS, Windows: every operation takes the PyTorch path
+    triton, jit, INTERPRETED = None, lambda kernel: kernel, False
+
+CHUNK_BYTES = 64 * 2**20  # PyTorch path: a block of float32 scores; a pass holds two
+MAX_HEAD_DIM = 256  # of the Triton path; larger heads take the PyTorch path
 
 
-# --- attention_lse and attention_colsum -----------------------------------------------------------
+# --- attention_lse and attention_colsum: PyTorch --------------------------------------------------
 
 
 def _score_chunks(
@@ -93,6 +109,144 @@ def attention_colsum_reference(
     return colsum.flatten(1, 2)
 
 
+# --- attention_lse and attention_colsum: Triton ---------------------------------------------------
+
+
+@jit
+def _dot(a, b, UPCAST: tl.constexpr):
+    """a @ b in float32. The interpreter multiplies bfloat16 wrongly, without an error: UPCAST."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")  # float32 is not rounded to tf32
+
+
+@jit
+def _lse_kernel(
+    q, k, lse,
+    q_b, q_h, q_m, q_d,  # strides
+    k_b, k_g, k_n, k_d,
+    M, N, chunk, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """lse[s, b, h, i] = ln sum_j exp(scale * q[b, h, i] . k[b, g, j]) over the j of chunk s."""
+    # 1. Load a block of the group's GROUP * M query rows: row by row, in each the heads side by
+    #    side, so that all heads share every key tile and a block spans few rows of the mask.
+    batch, g = (tl.program_id(2) // G).to(tl.int64), (tl.program_id(2) % G).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    h, i = g * GROUP + r % GROUP, r // GROUP
+    d = tl.arange(0, BLOCK_D)
+    rows = q + batch * q_b + h * q_h + i * q_m
+    q_tile = tl.load(rows[:, None] + d * q_d, mask=(i < M)[:, None] & (d < D), other=0.0)
+
+    # 2. Walk the keys of the chunk that any row sees, with a running maximum and sum.
+    last = i + (N - M) if CAUSAL else i * 0 + (N - 1)  # the last key that a row sees
+    start = tl.program_id(1) * chunk
+    stop = tl.minimum(start + chunk, N)
+    if CAUSAL:
+        stop = tl.minimum(stop, (tl.program_id(0) * BLOCK_R + BLOCK_R - 1) // GROUP + N - M + 1)
+    keys = k + batch * k_b + g * k_g + start.to(tl.int64) * k_n
+    tile = tl.arange(0, BLOCK_N) * k_n + d[:, None] * k_d  # 32-bit offsets from a 64-bit base
+    top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for n0 in range(start, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        here = (n < stop) & (d < D)[:, None]
+        k_tile = tl.load(keys + tile, mask=here, other=0.0)
+        keys += BLOCK_N * k_n
+        scores = _dot(q_tile, k_tile, UPCAST) * scale
+        scores = tl.where((n < stop) & (n <= last[:, None]), scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet: not inf - inf
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+        top = new_top
+
+    # 3. Store; a row that sees no key of the chunk has -inf.
+    B, H = tl.num_programs(2) // G, G * GROUP
+    out = lse + ((tl.program_id(1).to(tl.int64) * B + batch) * H + h) * M + i
+    tl.store(out, top + tl.log(total), mask=i < M)
+
+
+@jit
+def _colsum_kernel(
+    q, k, lse, colsum,
+    q_b, q_h, q_m, q_d,  # strides
+    k_b, k_g, k_n, k_d,
+    M, N, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """colsum[b, h, j] = sum_i exp(scale * q[b, h, i] . k[b, g, j] - lse[b, h, i])."""
+    # 1. Load a block of keys, once for all heads of the group.
+    batch, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    columns = k + batch * k_b + g * k_g + n.to(tl.int64) * k_n
+    k_tile = tl.load(columns[:, None] + d * k_d, mask=(n < N)[:, None] & (d < D), other=0.0)
+
+    # 2. For every head, walk the rows that see any of these keys.
+    first = tl.maximum(tl.program_id(0) * BLOCK_N - (N - M), 0) if CAUSAL else tl.program_id(0) * 0
+    tile = tl.arange(0, BLOCK_M) * q_m + d[:, None] * q_d  # 32-bit offsets from a 64-bit base
+    for h in range(g * GROUP, g * GROUP + GROUP):
+        received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        rows = q + batch * q_b + h * q_h + first.to(tl.int64) * q_m
+        for i0 in range(first, M, BLOCK_M):
+            i = i0 + tl.arange(0, BLOCK_M)
+            q_tile = tl.load(rows + tile, mask=(i < M) & (d < D)[:, None], other=0.0)
+            rows += BLOCK_M * q_m
+            row_lse = tl.load(lse + (batch * G * GROUP + h) * M + i, mask=i < M, other=0.0)
+            scores = _dot(k_tile, q_tile, UPCAST) * scale
+            seen = (i < M) & (n[:, None] <= i + (N - M)) if CAUSAL else (i < M) & (n < N)[:, None]
+            received += tl.where(seen, tl.exp(scores - row_lse), 0.0)
+
+        # 3. Add up the rows and store one head's columns.
+        out = colsum + (batch * G * GROUP + h) * N + n
+        tl.store(out, tl.sum(received, 1), mask=n < N)
+
+
+def _attention_lse_triton(
+    q: Tensor, k: Tensor, *, causal: bool, scale: float | None, splits: int | None = None
+) -> Tensor:
+    """Launch `_lse_kernel`. With few rows the keys are split, so that all of the chip works."""
+    q, k = _near(q), _near(k)
+    B, H, M, D = q.shape
+    G, N = k.shape[1], k.shape[2]
+    blocks = _blocks(M * H // G, D, q.element_size())
+    row_blocks = triton.cdiv(M * H // G, blocks["BLOCK_R"])
+    chunk = _chunk(N, row_blocks * B * G, blocks["BLOCK_N"], q.device, splits)
+    lse = q.new_empty(triton.cdiv(N, chunk), B, H, M, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _lse_kernel[(row_blocks, len(lse), B * G)](
+            q, k, lse, *q.stride(), *k.stride(), M, N, chunk, D**-0.5 if scale is None else scale,
+            G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
+        )  # fmt: skip
+    return lse.logsumexp(0) if len(lse) > 1 else lse[0]
+
+
+def _attention_colsum_triton(
+    q: Tensor, k: Tensor, *, causal: bool, scale: float | None, lse: Tensor | None
+) -> Tensor:
+    """Launch `_colsum_kernel`, one program per block of keys and key head."""
+    q, k = _near(q), _near(k)
+    B, H, M, D = q.shape
+    G, N = k.shape[1], k.shape[2]
+    if lse is None:
+        lse = _attention_lse_triton(q, k, causal=causal, scale=scale)
+    blocks = _blocks(M, D, q.element_size())
+    blocks["BLOCK_M"] = blocks.pop("BLOCK_R")
+    colsum = q.new_empty(B, H, N, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _colsum_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B * G)](
+            q, k, lse.contiguous(), colsum, *q.stride(), *k.stride(), M, N,
+            D**-0.5 if scale is None else scale,
+            G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
+        )  # fmt: skip
+    return colsum
+
+
+# --- attention_lse and attention_colsum: the public functions -------------------------------------
+
+
 def attention_lse(
     q: Tensor, k: Tensor, *, causal: bool = False, scale: float | None = None
 ) -> Tensor:
@@ -100,16 +254,19 @@ def attention_lse(
 
     Args:
         q: queries (B, H, M, D), float32, float16 or bfloat16; any strides.
-        k: keys (B, G, N, D), same dtype and device; G divides H.
+        k: keys (B, G, N, D), same dtype and device, any strides; G divides H.
         causal: right-aligned mask, row i sees keys j <= N - M + i. A row that sees none has -inf.
         scale: factor on the scores; D**-0.5 if None.
 
     Returns: (B, H, M) float32, natural logarithm.
     Raises: ValueError for shapes, dtypes or devices that do not fit together.
-    Cost: 2 B H M N D FLOPs, one read of q and k. Source: first pass of the paper's Algorithm 2
-    kernel.
+    Cost: 2 B H M N D FLOPs (half if causal and M = N); reads q and k, every key tile once for the
+    H/G heads of its group and a block of rows.
+    Source: first pass of the paper's Algorithm 2 kernel.
     """
     _check_heads(q, k)
+    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
+        return _attention_lse_triton(q, k, causal=causal, scale=scale)
     return attention_lse_reference(q, k, causal=causal, scale=scale)
 
 
@@ -131,7 +288,8 @@ def attention_colsum(
 
     Returns: (B, H, N) float32. Divide by M for the mean attention that a key receives.
     Raises: ValueError for shapes, dtypes or devices that do not fit together.
-    Cost: 4 B H M N D FLOPs and two reads of q and k (half of both if `lse` is given).
+    Cost: 4 B H M N D FLOPs and two reads of q and k (half of both if `lse` is given); the second
+    pass reads k once and q once per block of keys.
     Source: SparseVILA, Algorithm 2.
     """
     _check_heads(q, k)
@@ -141,17 +299,69 @@ def attention_colsum(
             f"lse must be float32 of shape {tuple(q.shape[:3])} on {q.device}, "
             f"got {lse.dtype} of shape {tuple(lse.shape)} on {lse.device}"
         )
+    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
+        return _attention_colsum_triton(q, k, causal=causal, scale=scale, lse=lse)
     return attention_colsum_reference(q, k, causal=causal, scale=scale, lse=lse)
 
 
-# --- gather_tokens --------------------------------------------------------------------------------
+# --- gather_tokens and gather_keys_values ---------------------------------------------------------
 
 
 def gather_tokens_reference(x: Tensor, index: Tensor) -> Tensor:
     """`gather_tokens` in plain PyTorch."""
-    B, K = index.shape
-    index = index.view(B, *[1] * (x.dim() - 3), K, 1)
-    return x.gather(-2, index.expand(*x.shape[:-2], K, x.shape[-1]))
+    out = x.new_empty(*x.shape[:-2], index.shape[1], x.shape[-1])
+    for b, chosen in enumerate(index):
+        torch.index_select(x[b], -2, chosen, out=out[b])
+    return out
+
+
+@jit
+def _gather_kernel(
+    x, y, index, x_out, y_out,
+    x_b, x_g, x_n, x_e,  # strides, in units of VECTOR elements (x_e in elements)
+    y_b, y_g, y_n, y_e,
+    index_b, index_k, K,
+    G: tl.constexpr, E: tl.constexpr, PAIR: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """x_out[b, g, i] = x[b, g, index[b, i]], and with PAIR the same for y."""
+    # 1. Read which rows a block of output rows comes from.
+    batch, g = (tl.program_id(2) // G).to(tl.int64), (tl.program_id(2) % G).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row = tl.load(index + batch * index_b + i * index_k, mask=i < K, other=0)
+    here = (i < K)[:, None] & (e < E)
+
+    # 2. Copy them. Multiplying by VECTOR tells the compiler that rows start at 16-byte boundaries.
+    target = (((batch * G + g) * K + i) * E)[:, None] + e
+    source = x + ((batch * x_b + g * x_g + row * x_n) * VECTOR)[:, None] + e * x_e
+    tl.store(x_out + target, tl.load(source, mask=here), mask=here)
+    if PAIR:
+        source = y + ((batch * y_b + g * y_g + row * y_n) * VECTOR)[:, None] + e * y_e
+        tl.store(y_out + target, tl.load(source, mask=here), mask=here)
+
+
+def _gather_triton(x: Tensor, y: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch `_gather_kernel` on x (B, G, N, E) and, if given, y of the same shape and dtype."""
+    B, G, _, E = x.shape
+    K = index.shape[1]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    sources = [t.view(bits) for t in (x, x if y is None else y)]
+    outs = [x.new_empty(B, G, K, E, dtype=bits) for _ in range(1 if y is None else 2)]
+    vector = 16 // x.element_size()
+    aligned = all(s % vector == 0 for t in sources for s in t.stride()[:3])
+    vector = vector if aligned and E % vector == 0 else 1
+    strides = [s // vector for t in sources for s in t.stride()]
+    strides[3], strides[7] = (t.stride(3) for t in sources)
+    block_e = min(triton.next_power_of_2(E), 1024)
+    block_k = max(1, 4096 // block_e)
+    if K and E:
+        with torch.cuda.device_of(x):
+            _gather_kernel[(triton.cdiv(K, block_k), triton.cdiv(E, block_e), B * G)](
+                *sources, index, outs[0], outs[-1], *strides, *index.stride(), K,
+                G=G, E=E, PAIR=y is not None, VECTOR=vector, BLOCK_K=block_k, BLOCK_E=block_e,
+            )  # fmt: skip
+    return outs[0].view(x.dtype), outs[-1].view(x.dtype)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -162,22 +372,28 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         index: (B, K) int64 on the same device, each in [0, N); the heads of a batch entry share it.
 
     Returns: (B, K, E) or (B, G, K, D), contiguous.
-    Raises: ValueError for other ranks, dtypes or devices, and for an index outside [0, N).
+    Raises: ValueError for other ranks, dtypes or devices, and for an index outside [0, N) (to find
+    one, a GPU must be waited for).
     Cost: K rows read and written. Source: the compaction step of Algorithms 2 and 3.
     """
-    if x.dim() not in (3, 4) or index.dim() != 2 or index.shape[0] != x.shape[0]:
+    _check_index(x, index)
+    if not _on_triton(x) or x.element_size() > 8:
+        return gather_tokens_reference(x, index)
+    out, _ = _gather_triton(x.unsqueeze(1) if x.dim() == 3 else x, None, index)
+    return out.squeeze(1) if x.dim() == 3 else out
+
+
+def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`gather_tokens` of keys and values (B, G, N, D) with one index (B, K), in one launch."""
+    if k.dim() != 4 or v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(
-            "x must be (B, N, E) or (B, G, N, D) and index (B, K), "
-            f"got {tuple(x.shape)} and {tuple(index.shape)}"
+            "k must be (B, G, N, D) and v like it, "
+            f"got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype} on {v.device}"
         )
-    if index.dtype != torch.int64 or index.device != x.device:
-        raise ValueError(f"index must be int64 on {x.device}, got {index.dtype} on {index.device}")
-    N = x.shape[-2]
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < N:
-        raise ValueError(
-            f"index must lie in [0, {N}), got {int(index.min())} .. {int(index.max())}"
-        )
-    return gather_tokens_reference(x, index)
+    _check_index(k, index)
+    if not _on_triton(k) or k.element_size() > 8:
+        return gather_tokens_reference(k, index), gather_tokens_reference(v, index)
+    return _gather_triton(k, v, index)
 
 
 # --- decode_attention -----------------------------------------------------------------------------
@@ -201,6 +417,113 @@ def decode_attention_reference(
     return out.reshape(B, H, 1, D)
 
 
+@jit
+def _decode_kernel(
+    q, k, v, partial, lse, length,
+    q_b, q_h, q_d,  # strides
+    k_b, k_g, k_n, k_d,
+    v_b, v_g, v_n, v_d,
+    scale,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """partial[s, b, h] = attention of q[b, h] over split s of the rows, lse[s, b, h] its weight."""
+    # 1. The split's rows depend on the length and the number of splits only, not on the buffer.
+    if ON_DEVICE:
+        length = tl.load(length).to(tl.int32)
+    splits = tl.num_programs(0)
+    chunk = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    start = tl.program_id(0) * chunk
+    stop = tl.minimum(start + chunk, length)
+
+    # 2. Load the query row of every head of the group.
+    batch, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    head = tl.arange(0, BLOCK_H)
+    h, d = g * GROUP + head, tl.arange(0, BLOCK_D)
+    mine = (head < GROUP)[:, None] & (d < D)
+    q_tile = tl.load(q + batch * q_b + (h * q_h)[:, None] + d * q_d, mask=mine, other=0.0)
+
+    # 3. Walk the rows once, with a running maximum, sum of weights and weighted sum of values.
+    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    mixed = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    keys = k + batch * k_b + g * k_g + start.to(tl.int64) * k_n
+    values = v + batch * v_b + g * v_g + start.to(tl.int64) * v_n
+    k_tile_at = tl.arange(0, BLOCK_N) * k_n + d[:, None] * k_d  # 32-bit offsets from 64-bit bases
+    v_tile_at = tl.arange(0, BLOCK_N)[:, None] * v_n + d * v_d
+    for n0 in range(start, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        here = (n < stop) & (d < D)[:, None]
+        k_tile = tl.load(keys + k_tile_at, mask=here, other=0.0)
+        keys += BLOCK_N * k_n
+        scores = tl.where(n < stop, _dot(q_tile, k_tile, UPCAST) * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp(scores - new_top[:, None])
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        here = (n < stop)[:, None] & (d < D)
+        v_tile = tl.load(values + v_tile_at, mask=here, other=0.0)
+        values += BLOCK_N * v_n
+        mixed = mixed * shrink[:, None] + _dot(weights.to(v_tile.dtype), v_tile, UPCAST)
+        top = new_top
+
+    # 4. Store; an empty split has weight 0 (lse = -inf).
+    B, H = tl.num_programs(1) // G, G * GROUP
+    out = (tl.program_id(0).to(tl.int64) * B + batch) * H + h
+    tl.store(lse + out, top + tl.log(total), mask=head < GROUP)
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(partial + out[:, None] * D + d, mixed, mask=mine)
+
+
+@jit
+def _combine_kernel(
+    partial, lse, out, heads,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[b, h] = sum_s softmax_s(lse[s, b, h]) partial[s, b, h]."""
+    head = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    weights = tl.load(lse + s * heads + head, mask=s < S, other=float("-inf"))
+    weights = tl.exp(weights - tl.max(weights, 0))
+    rows = partial + (s * heads + head)[:, None] * D + d
+    parts = tl.load(rows, mask=(s < S)[:, None] & (d < D), other=0.0)
+    mixed = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(out + head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
+
+
+def _decode_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    length: int | Tensor,
+    scale: float | None,
+    splits: int | None = None,
+) -> Tensor:
+    """Launch `_decode_kernel` on every split of every key head, then `_combine_kernel`."""
+    k, v = _near(k), _near(v)
+    B, H, _, D = q.shape
+    G = k.shape[1]
+    blocks = _blocks(1, D, k.element_size())
+    del blocks["BLOCK_R"]
+    splits = splits or min(64, _programs(q.device) // (B * G)) or 1
+    partial = q.new_empty(splits, B, H, D, dtype=torch.float32)
+    lse = q.new_empty(splits, B, H, dtype=torch.float32)
+    out = q.new_empty(B, H, 1, D)
+    with torch.cuda.device_of(q):
+        _decode_kernel[(splits, B * G)](
+            q, k, v, partial, lse, length, q.stride(0), q.stride(1), q.stride(3),
+            *k.stride(), *v.stride(), D**-0.5 if scale is None else scale,
+            G=G, GROUP=H // G, D=D, ON_DEVICE=isinstance(length, Tensor),
+            BLOCK_H=max(16, triton.next_power_of_2(H // G)), **blocks, **_upcast(q),
+        )  # fmt: skip
+        _combine_kernel[(B * H, triton.cdiv(D, 64))](
+            partial, lse, out, B * H,
+            S=splits, D=D, BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=64,
+        )  # fmt: skip
+    return out
+
+
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -214,17 +537,19 @@ def decode_attention(
     out[b,h] = sum_{j < length} softmax_j(scale * q . k_j) v_j
 
     Args:
-        q: (B, H, 1, D), float32, float16 or bfloat16.
+        q: (B, H, 1, D), float32, float16 or bfloat16; any strides.
         k, v: buffers (B, G, capacity, D), same dtype and device; G divides H. Rows from `length` on
             are never read.
-        length: int, or a 0-d integer tensor on the same device; the whole buffer if None.
+        length: int, or a 0-d integer tensor on the same device, which is not checked there (a GPU
+            would have to be waited for), so that a CUDA graph can replay the step while it grows;
+            the whole buffer if None.
         scale: factor on the scores; D**-0.5 if None.
 
     Returns: (B, H, 1, D) of q's dtype.
     Raises: ValueError for shapes, dtypes or devices that do not fit, or length outside [1,
     capacity].
-    Cost: reads 2 B G length D elements, 4 B H length D FLOPs: bound by memory bandwidth.
-    Source: our own choice (the paper decodes with its serving engine's kernel).
+    Cost: reads 2 B G length D elements, once for all heads of a group; 4 B H length D FLOPs: bound
+    by memory bandwidth. Source: our own choice (the paper decodes with its serving engine's).
     """
     _check_heads(q, k)
     if q.shape[2] != 1 or v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
@@ -232,9 +557,52 @@ def decode_attention(
             "q must be (B, H, 1, D) and v like k, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} {v.dtype} on {v.device}"
         )
-    if length is not None and not 1 <= int(length) <= k.shape[2]:
-        raise ValueError(f"length must be in [1, {k.shape[2]}], got {int(length)}")
+    length = _check_length(length, k)
+    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
+        return _decode_attention_triton(q, k, v, length=length, scale=scale)
     return decode_attention_reference(q, k, v, length=length, scale=scale)
+
+
+# --- launch parameters ----------------------------------------------------------------------------
+
+
+def _on_triton(x: Tensor) -> bool:
+    """The one place that decides between the kernels and PyTorch."""
+    return triton is not None and (x.is_cuda or INTERPRETED)
+
+
+def _blocks(rows: int, D: int, itemsize: int) -> dict[str, int]:
+    """Tile sizes: at most 64 rows and 64 keys, fewer where wide heads would fill the registers."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    side = max(16, min(64, (16384 if itemsize < 4 else 4096) // (BLOCK_D * itemsize)))
+    return {
+        "BLOCK_R": min(side, max(16, triton.next_power_of_2(rows))),
+        "BLOCK_N": side,
+        "BLOCK_D": BLOCK_D,
+        "num_warps": 8 if BLOCK_D >= 128 else 4,
+    }
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs keep the chip busy: four per multiprocessor."""
+    if device.type != "cuda":
+        return 4
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _chunk(N: int, programs: int, block: int, device: torch.device, splits: int | None) -> int:
+    """Keys per split, a multiple of the block: enough splits to keep the chip busy."""
+    splits = splits or max(1, _programs(device) // programs)
+    return triton.cdiv(triton.cdiv(N, splits), block) * block
+
+
+def _near(x: Tensor) -> Tensor:
+    """x, copied if its rows lie so far apart that a tile's 32-bit offsets would overflow."""
+    return x if 256 * max(x.stride()[2:]) < 2**31 else x.contiguous()
+
+
+def _upcast(q: Tensor) -> dict[str, bool]:
+    return {"UPCAST": INTERPRETED and q.dtype == torch.bfloat16}
 
 
 # --- argument checks ------------------------------------------------------------------------------
@@ -257,3 +625,159 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
         )
     if q.device != k.device:
         raise ValueError(f"tensors must be on one device, got {q.device} and {k.device}")
+
+
+def _check_index(x: Tensor, index: Tensor) -> None:
+    """Refuse an index that does not choose rows of x."""
+    if x.dim() not in (3, 4) or index.dim() != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(
+            "x must be (B, N, E) or (B, G, N, D) and index (B, K), "
+            f"got {tuple(x.shape)} and {tuple(index.shape)}"
+        )
+    if index.dtype != torch.int64 or index.device != x.device:
+        raise ValueError(f"index must be int64 on {x.device}, got {index.dtype} on {index.device}")
+    if index.numel():
+        N, (low, high) = x.shape[-2], torch.stack(index.aminmax()).tolist()
+        if not 0 <= low <= high < N:
+            raise ValueError(f"index must lie in [0, {N}), got {low} .. {high}")
+
+
+def _check_length(length: int | Tensor | None, k: Tensor) -> int | Tensor:
+    """The length of a buffer, checked where that needs no waiting for a GPU."""
+    capacity = k.shape[2]
+    if length is None:
+        return capacity
+    if isinstance(length, Tensor):
+        if length.dim() or length.is_floating_point() or length.device != k.device:
+            raise ValueError(
+                f"length must be an int or a 0-d integer tensor on {k.device}, got "
+                f"{length.dtype} of shape {tuple(length.shape)} on {length.device}"
+            )
+        if length.is_cuda:
+            return length
+    if not 1 <= int(length) <= capacity:
+        raise ValueError(f"length must be in [1, {capacity}], got {int(length)}")
+    return length
+
+
+# --- benchmark: python kernels.py -----------------------------------------------------------------
+
+# (what it is, B, H, G, M, N, D, causal). First the rows of flash-colreduce's public log
+# (benchmarks/results/rtx-pro-6000-blackwell.log), then shapes of real models: a vision tower's last
+# layer, and a question of 64 tokens against what 75 % pruning leaves.
+SHAPES = (
+    [("log", B, 32, 32, 1024, 1024, 128, False) for B in (1, 4, 16, 64, 256)]
+    + [("log", 1, 32, 32, N, N, 128, False) for N in (1024, 2048, 4096, 8192, 16384)]
+    + [("log", B, 32, 32, 64, 16384, 128, True) for B in (1, 4, 16, 64, 256)]
+    + [("log", 1, 32, 32, 512, N, 128, True) for N in (16384, 32768, 65536, 131072, 262144)]
+    + [
+        ("LongVILA-7B, 256 frames, vision", 256, 16, 16, 1024, 1024, 72, False),
+        ("LongVILA-7B, 256 frames, question", 1, 28, 4, 64, 16384, 128, True),
+        ("Qwen2.5-VL-7B, 1080p, vision", 1, 16, 16, 10640, 10640, 80, False),
+        ("Qwen2.5-VL-7B, 1080p, question", 1, 28, 4, 64, 665, 128, True),
+        ("SmolVLM-256M, 17 tiles, vision", 17, 12, 12, 1024, 1024, 64, False),
+        ("SmolVLM-256M, 17 tiles, question", 1, 9, 3, 64, 272, 64, True),
+    ]
+)
+LENGTHS = (1024, 4096, 32768, 131072, 262144)  # of a cache with 28 query and 4 key heads, D = 128
+
+
+def naive_colsum(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """What everybody writes first: heads expanded, the whole M x N matrix in q's dtype."""
+    M, N = q.shape[2], k.shape[2]
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    if causal:
+        hidden = torch.ones(M, N, dtype=torch.bool, device=q.device).triu(N - M + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1).sum(-2)
+
+
+def naive_gather(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return k[:, :, index[0]], v[:, :, index[0]]
+
+
+def _time(call: Callable, *args, **kwargs) -> float:
+    """Median milliseconds of a call; NaN if it runs out of memory."""
+    try:
+        if args[0].is_cuda:
+            return triton.testing.do_bench(lambda: call(*args, **kwargs), return_mode="median")
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            call(*args, **kwargs)
+            times.append(1000 * (time.perf_counter() - began))
+        return sorted(times[1:])[1]  # the first warms up
+    except torch.OutOfMemoryError:
+        return float("nan")
+
+
+def benchmark() -> None:
+    """Time every operation beside naive PyTorch, flash-colreduce if it is installed, and its bound:
+    the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it must do
+    over the measured matmul rate. The last line of the output is one JSON object."""
+    try:
+        from flash_colreduce import flash_colreduce
+    except ImportError:
+        flash_colreduce = None
+    gpu = torch.cuda.is_available()
+    new = {"device": "cuda", "dtype": torch.float16} if gpu else {"dtype": torch.float32}
+    big, square = (
+        torch.empty(2**29 if gpu else 2**25, **new),
+        torch.randn(8192 if gpu else 1024, 1, **new),
+    )
+    square = square @ square.mT
+    copy = big.clone()
+    bandwidth = 2 * big.nbytes / _time(copy.copy_, big)  # bytes per millisecond
+    del big, copy
+    rate = 2 * len(square) ** 3 / _time(torch.matmul, square, square)  # FLOPs per millisecond
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, {new['dtype']}, torch {torch.__version__}")
+    print(
+        f"measured: copy {bandwidth / 1e6:.0f} GB/s, matmul {rate / 1e9:.2f} TFLOP/s; times in ms"
+    )
+    print(f"{'':72}{'ours':>9}{'naive':>9}{'flash':>9}{'bound':>9}{'reached':>9}")
+    rows = []
+
+    def row(label: str, size: int, flops: int, **times: float) -> None:
+        times["bound"] = max(size / bandwidth, flops / rate)
+        cells = (times.get(key) for key in ("ours", "naive", "flash", "bound"))
+        text = "".join(f"{'-' if cell is None else f'{cell:.3f}':>9}" for cell in cells)
+        print(f"{label:72}{text}{times['bound'] / times['ours']:9.0%}", flush=True)
+        rows.append({"row": label, **times})
+
+    skipped = 0
+    for what, B, H, G, M, N, D, causal in SHAPES:
+        flops = 4 * B * H * M * N * D // (2 if causal and M == N else 1)
+        if not gpu and flops > 5e10:
+            skipped += 1
+            continue
+        q, k = torch.randn(B, H, M, D, **new), torch.randn(B, G, N, D, **new)
+        lse = attention_lse(q, k, causal=causal)
+        times = {"ours": _time(attention_colsum, q, k, causal=causal)}
+        times["naive"] = _time(naive_colsum, q, k, causal)
+        if flash_colreduce and H == G:
+            times["flash"] = _time(flash_colreduce, q, k, is_causal=causal, reduction="sum")
+        size = 2 * (q.nbytes + k.nbytes) + 4 * B * H * (2 * M + N)
+        label = f"{what}: B {B} H {H} G {G} M {M} N {N} D {D}{' causal' if causal else ''}"
+        row(label, size, flops, **times)
+        given = _time(attention_colsum, q, k, causal=causal, lse=lse)
+        row("  with lse given", size // 2, flops // 2, ours=given)
+    for N in LENGTHS if gpu else LENGTHS[:3]:
+        q, (k, v) = torch.randn(1, 28, 1, 128, **new), torch.randn(2, 1, 4, N, 128, **new)
+        index = torch.arange(0, N, 2, device=k.device)[None]
+        times = {"ours": _time(decode_attention, q, k, v)}
+        times["naive"] = _time(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+        row(f"decode_attention: H 28 G 4 N {N} D 128", 2 * k.nbytes, 4 * 28 * N * 128, **times)
+        times = {
+            "ours": _time(gather_keys_values, k, v, index),
+            "naive": _time(naive_gather, k, v, index),
+        }
+        row(f"gather_keys_values: G 4 N {N} K {N // 2} D 128", 2 * k.nbytes, 0, **times)
+    if not gpu:
+        print(f"{skipped} larger shapes and the Triton kernels need a GPU: not measured")
+    print(json.dumps({"device": name, "bandwidth": bandwidth, "matmul": rate, "rows": rows}))
+
+
+if __name__ == "__main__":
+    benchmark()

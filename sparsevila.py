@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
-from kernels import attention_colsum, gather_tokens
+from kernels import attention_colsum, gather_keys_values, gather_tokens
 from model import VLM, KVCache, Processor, Stopwatch, load, open_picture
 
 ROOM = 256  # cache rows set aside for questions and answers; the caches grow when it is used up
@@ -179,12 +179,12 @@ class RetrievalCache(KVCache):
         if len(self.relevance) != layers:
             reads = len(self.relevance) / layers
             raise ValueError(f"a question must be read in one pass, got {reads:g}")
-        retrieved = [select_tokens(relevance, keep) for relevance in self.relevance]
+        retrieved = list(select_tokens(torch.stack(self.relevance), keep))
         packed = KVCache(layers, capacity=N - V + keep + ROOM)
         for layer, chosen in enumerate(retrieved):
             rows = self.packed_rows(chosen)[None]
             k, v = self.k[layer][:, :, :N], self.v[layer][:, :, :N]
-            packed.append(layer, gather_tokens(k, rows), gather_tokens(v, rows))
+            packed.append(layer, *gather_keys_values(k, v, rows))
         self.retrieved, self.packed, self.scoring = retrieved, packed, False
 
     def packed_rows(self, chosen: Tensor) -> Tensor:

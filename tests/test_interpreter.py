@@ -1,0 +1,116 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for three chips."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.triton, reason="Triton is not made for this system")
+HERE = Path(__file__).resolve().parent
+
+
+def test_the_kernels_pass_their_tests_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", HERE / "test_triton.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "passed" in result.stdout and "skipped" not in result.stdout
+
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+
+
+def compile_for(chip: int, kernel, pointers: dict[str, str], constants: dict) -> str:
+    """Compile a kernel for a chip; its PTX. Arguments that are not named are 32-bit integers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    options = {"num_warps": constants.get("num_warps", 4)}
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {"scale": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    target = GPUTarget("cuda", chip, 32)
+    return kernels.triton.compile(source, target=target, options=options).asm["ptx"]
+
+
+def spills(chip: int, ptx: str, tmp_path: Path) -> int:
+    """Bytes of registers that ptxas, which Triton brings along, writes to memory."""
+    from triton.backends import nvidia
+
+    file = tmp_path / "kernel.ptx"
+    file.write_text(ptx)
+    ptxas = Path(nvidia.__file__).parent / "bin" / "ptxas"
+    chip_name = f"sm_{chip}a" if chip >= 90 else f"sm_{chip}"
+    report = subprocess.run(
+        [ptxas, "-v", f"--gpu-name={chip_name}", file, "-o", tmp_path / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+    ).stderr
+    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert found, report
+    return sum(int(number) for pair in found for number in pair)
+
+
+def launches(dtype: torch.dtype, D: int):
+    """(kernel, pointers, constants) of every kind of launch with this dtype and head size."""
+    p, f = POINTERS[dtype], "*fp32"
+    heads = {"G": 4, "GROUP": 7, "D": D, "UPCAST": False, "q_d": 1, "k_d": 1}
+    for rows in (1, 1024):
+        blocks = kernels._blocks(rows, D, dtype.itemsize)
+        columns = {"BLOCK_M" if name == "BLOCK_R" else name: n for name, n in blocks.items()}
+        for causal in (False, True):
+            constants = heads | {"CAUSAL": causal}
+            yield kernels._lse_kernel, {"q": p, "k": p, "lse": f}, constants | blocks
+            pointers = {"q": p, "k": p, "lse": f, "colsum": f}
+            yield kernels._colsum_kernel, pointers, constants | columns
+    del blocks["BLOCK_R"]
+    for on_device in (False, True):
+        pointers = {"q": p, "k": p, "v": p, "partial": f, "lse": f}
+        pointers |= {"length": "*i64"} if on_device else {}
+        constants = heads | blocks | {"BLOCK_H": 16, "v_d": 1, "ON_DEVICE": on_device}
+        yield kernels._decode_kernel, pointers, constants
+    constants = {"S": 64, "D": D, "BLOCK_S": 64, "BLOCK_D": 64}
+    yield kernels._combine_kernel, {"partial": f, "lse": f, "out": p}, constants
+
+
+@pytest.mark.parametrize("chip", [80, 86, 90])
+@pytest.mark.parametrize("dtype", POINTERS, ids=str)
+def test_every_launch_compiles_without_spilling_registers(chip, dtype, tmp_path):
+    for kernel, pointers, constants in launches(dtype, 128):
+        ptx = compile_for(chip, kernel, pointers, constants)
+        assert spills(chip, ptx, tmp_path) == 0, (kernel, constants)
+
+
+@pytest.mark.parametrize("chip", [80, 86, 90])
+@pytest.mark.parametrize("pair", [False, True])
+def test_gathering_moves_sixteen_bytes_at_a_time(chip, pair, tmp_path):
+    integers = "*i16"  # bfloat16 rows are copied as 16-bit integers
+    pointers = dict.fromkeys(("x", "y", "x_out", "y_out"), integers) | {"index": "*i64"}
+    for E in (72, 128):
+        constants = {"G": 4, "E": E, "PAIR": pair, "VECTOR": 8, "x_e": 1, "y_e": 1, "index_k": 1}
+        constants |= {"BLOCK_K": 32, "BLOCK_E": 128}
+        ptx = compile_for(chip, kernels._gather_kernel, pointers, constants)
+        assert spills(chip, ptx, tmp_path) == 0
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 1 + pair
+        assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) >= 1 + pair
+        assert not re.findall(r"ld\.global\S*\.b16", ptx)
