@@ -324,8 +324,8 @@ class KVCache:
             # Whole multiples of 64 rows keep every head's rows aligned in memory, whatever the
             # capacity, so that the same rows give the same bits from any buffer.
             rows = math.ceil(rows / 64) * 64
-            self.k[layer] = _grown(self.k[layer], k, start, rows)
-            self.v[layer] = _grown(self.v[layer], v, start, rows)
+            grown = _grown(self.k[layer], k, start, rows), _grown(self.v[layer], v, start, rows)
+            self.k[layer], self.v[layer] = grown  # both or, out of memory, neither
         self.k[layer][:, :, start:stop] = k
         self.v[layer][:, :, start:stop] = v
         self.filled[layer] = stop
@@ -1022,8 +1022,8 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
         raise ValueError(f"{source} is not a picture that Pillow can read") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture {source}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from None
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise ValueError(f"{source} cannot be read: {error!r}") from None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

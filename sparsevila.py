@@ -581,8 +581,8 @@ def read_frames(path: str) -> list[Image.Image]:
     with Image.open(path) as animation:
         try:
             return [open_picture(frame.copy()) for frame in ImageSequence.Iterator(animation)]
-        except (OSError, SyntaxError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            raise ValueError(f"{path} cannot be read: {error!r}") from None
 
 
 def ask_all(
