@@ -341,27 +341,34 @@ def _gather_kernel(
         tl.store(y_out + target, tl.load(source, mask=here), mask=here)
 
 
-def _gather_triton(x: Tensor, y: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch `_gather_kernel` on x (B, G, N, E) and, if given, y of the same shape and dtype."""
-    B, G, _, E = x.shape
-    K = index.shape[1]
+def _gather_triton(sources: list[Tensor], index: Tensor) -> list[Tensor]:
+    """Launch `_gather_kernel` on one or two tensors of the same shape and dtype."""
+    x, K = sources[0], index.shape[1]
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    sources = [t.view(bits) for t in (x, x if y is None else y)]
-    outs = [x.new_empty(B, G, K, E, dtype=bits) for _ in range(1 if y is None else 2)]
+    outs = [x.new_empty(*x.shape[:-2], K, x.shape[-1], dtype=bits) for _ in sources]
+    sources = [t.view(bits).unsqueeze(1) if t.dim() == 3 else t.view(bits) for t in sources]
+    B, G, _, E = sources[0].shape
     vector = 16 // x.element_size()
     aligned = all(s % vector == 0 for t in sources for s in t.stride()[:3])
     vector = vector if aligned and E % vector == 0 else 1
-    strides = [s // vector for t in sources for s in t.stride()]
-    strides[3], strides[7] = (t.stride(3) for t in sources)
+    strides = [[*(s // vector for s in t.stride()[:3]), t.stride(3)] for t in sources]
     block_e = min(triton.next_power_of_2(E), 1024)
     block_k = max(1, 4096 // block_e)
     if K and E:
         with torch.cuda.device_of(x):
             _gather_kernel[(triton.cdiv(K, block_k), triton.cdiv(E, block_e), B * G)](
-                *sources, index, outs[0], outs[-1], *strides, *index.stride(), K,
-                G=G, E=E, PAIR=y is not None, VECTOR=vector, BLOCK_K=block_k, BLOCK_E=block_e,
+                sources[0], sources[-1], index, outs[0], outs[-1],
+                *strides[0], *strides[-1], *index.stride(), K,
+                G=G, E=E, PAIR=len(sources) == 2, VECTOR=vector, BLOCK_K=block_k, BLOCK_E=block_e,
             )  # fmt: skip
-    return outs[0].view(x.dtype), outs[-1].view(x.dtype)
+    return [out.view(x.dtype) for out in outs]
+
+
+def _gather(sources: list[Tensor], index: Tensor) -> list[Tensor]:
+    """The chosen rows of one or two tensors, by whichever path takes them."""
+    if _on_triton(sources[0]) and sources[0].element_size() <= 8:
+        return _gather_triton(sources, index)
+    return [gather_tokens_reference(source, index) for source in sources]
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -377,10 +384,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     Cost: K rows read and written. Source: the compaction step of Algorithms 2 and 3.
     """
     _check_index(x, index)
-    if not _on_triton(x) or x.element_size() > 8:
-        return gather_tokens_reference(x, index)
-    out, _ = _gather_triton(x.unsqueeze(1) if x.dim() == 3 else x, None, index)
-    return out.squeeze(1) if x.dim() == 3 else out
+    return _gather([x], index)[0]
 
 
 def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,9 +395,8 @@ def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Ten
             f"got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype} on {v.device}"
         )
     _check_index(k, index)
-    if not _on_triton(k) or k.element_size() > 8:
-        return gather_tokens_reference(k, index), gather_tokens_reference(v, index)
-    return _gather_triton(k, v, index)
+    k, v = _gather([k, v], index)
+    return k, v
 
 
 # --- decode_attention -----------------------------------------------------------------------------
@@ -694,6 +697,7 @@ def naive_colsum(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 
 def naive_gather(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """What everybody writes first: advanced indexing, keys and values apart."""
     return k[:, :, index[0]], v[:, :, index[0]]
 
 
@@ -712,6 +716,18 @@ def _time(call: Callable, *args, **kwargs) -> float:
         return float("nan")
 
 
+def _peaks(new: dict, gpu: bool) -> tuple[float, float]:
+    """What this machine reaches: bytes per millisecond of a copy, FLOPs per millisecond of a
+    matmul."""
+    big = torch.empty(2**29 if gpu else 2**25, **new)
+    copy = big.clone()
+    bandwidth = 2 * big.nbytes / _time(copy.copy_, big)
+    del big, copy
+    square = torch.randn(8192 if gpu else 1024, 1, **new)
+    square = square @ square.mT
+    return bandwidth, 2 * len(square) ** 3 / _time(torch.matmul, square, square)
+
+
 def benchmark() -> None:
     """Time every operation beside naive PyTorch, flash-colreduce if it is installed, and its bound:
     the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it must do
@@ -722,15 +738,7 @@ def benchmark() -> None:
         flash_colreduce = None
     gpu = torch.cuda.is_available()
     new = {"device": "cuda", "dtype": torch.float16} if gpu else {"dtype": torch.float32}
-    big, square = (
-        torch.empty(2**29 if gpu else 2**25, **new),
-        torch.randn(8192 if gpu else 1024, 1, **new),
-    )
-    square = square @ square.mT
-    copy = big.clone()
-    bandwidth = 2 * big.nbytes / _time(copy.copy_, big)  # bytes per millisecond
-    del big, copy
-    rate = 2 * len(square) ** 3 / _time(torch.matmul, square, square)  # FLOPs per millisecond
+    bandwidth, rate = _peaks(new, gpu)
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {new['dtype']}, torch {torch.__version__}")
     print(
@@ -740,6 +748,7 @@ def benchmark() -> None:
     rows = []
 
     def row(label: str, size: int, flops: int, **times: float) -> None:
+        """Print and keep a line: milliseconds by method, beside the bound."""
         times["bound"] = max(size / bandwidth, flops / rate)
         cells = (times.get(key) for key in ("ours", "naive", "flash", "bound"))
         text = "".join(f"{'-' if cell is None else f'{cell:.3f}':>9}" for cell in cells)

@@ -1198,6 +1198,8 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> tuple[VLM, Processor]:
-    """`VLM.from_pretrained` and `Processor.from_pretrained` of one checkpoint."""
-    model = VLM.from_pretrained(path_or_repo, device=device, dtype=dtype, revision=revision)
-    return model, Processor.from_pretrained(path_or_repo, revision=revision)
+    """`VLM.from_pretrained` and `Processor.from_pretrained` of one checkpoint, fetched once."""
+    device = _pick_device(device)
+    folder = fetch(path_or_repo, revision)
+    model = VLM.from_pretrained(folder, device=device, dtype=dtype)
+    return model, Processor.from_pretrained(folder)

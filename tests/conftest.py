@@ -1,5 +1,6 @@
 """What several test files share: the tiny model, and random models around its tokenizer."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -90,3 +91,16 @@ class Recorder:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal shape, dtype and values; NaN equals NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def softmax64(q, k, causal, scale=None):
+    """Scores and softmax (B, H, M, N) in float64, heads expanded, mask right-aligned; a row that
+    sees no key has weights 0."""
+    H, M, D = q.shape[1:]
+    G, N = k.shape[1:3]
+    k = torch.stack([k[:, h * G // H] for h in range(H)], 1).double()
+    scores = torch.einsum("bhmd,bhnd->bhmn", q.double(), k) * (scale or 1 / math.sqrt(D))
+    if causal:
+        hidden = [[j > i + N - M for j in range(N)] for i in range(M)]
+        scores = scores.masked_fill(torch.tensor(hidden, device=q.device), -math.inf)
+    return scores, torch.softmax(scores, -1).nan_to_num(0)

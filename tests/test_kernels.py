@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import softmax64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,18 +30,6 @@ def draw(B, G, group, M, more, D, causal, seed, spread=1.0):
     q = torch.randn(B, G * group, M, D) * spread
     k = torch.randn(B, G, M + more, D) * spread
     return q, k, causal
-
-
-def softmax64(q, k, causal, scale=None):
-    """The whole matrix A (B, H, M, N) in float64, heads expanded, mask right-aligned."""
-    H, M, D = q.shape[1:]
-    G, N = k.shape[1:3]
-    k = torch.stack([k[:, h * G // H] for h in range(H)], 1).double()
-    scores = torch.einsum("bhmd,bhnd->bhmn", q.double(), k) * (scale or 1 / math.sqrt(D))
-    if causal:
-        hidden = torch.tensor([[j > i + N - M for j in range(N)] for i in range(M)])
-        scores = scores.masked_fill(hidden, -math.inf)
-    return scores, torch.softmax(scores, -1)
 
 
 def relative(actual, expected):

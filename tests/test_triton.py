@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import softmax64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,18 +52,6 @@ def draw(B, G, group, M, N, D, dtype, layout, seed):
     return tensor(B, G * group, M, D, dtype, layout), tensor(B, G, N, D, dtype, layout)
 
 
-def oracle(q, k, causal):
-    """Scores and softmax (B, H, M, N) in float64; a row that sees no key has weights 0."""
-    H, M, D = q.shape[1:]
-    G, N = k.shape[1:3]
-    k = torch.stack([k[:, h * G // H] for h in range(H)], 1).double()
-    scores = torch.einsum("bhmd,bhnd->bhmn", q.double(), k) / math.sqrt(D)
-    if causal:
-        hidden = [[j > i + N - M for j in range(N)] for i in range(M)]
-        scores = scores.masked_fill(torch.tensor(hidden, device=ON), -math.inf)
-    return scores, torch.softmax(scores, -1).nan_to_num(0)
-
-
 def assert_close(actual, expected, relative):
     """Every element within a relative error; what should be below 1e-30 must be so too."""
     large = expected > 1e-30
@@ -75,7 +64,7 @@ def assert_close(actual, expected, relative):
 @given(shapes, st.booleans())
 def test_lse_and_colsum_match_float64(shape, causal):
     q, k = draw(**shape)
-    scores, softmax = oracle(q, k, causal)
+    scores, softmax = softmax64(q, k, causal)
     lse = kernels.attention_lse(q, k, causal=causal)
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
     for given_lse in (None, lse):
@@ -126,7 +115,7 @@ def test_large_scores_neither_overflow_nor_lose_the_winner():
 def test_rows_that_see_no_key_contribute_nothing():
     q, k = draw(1, 2, 3, 40, 7, 16, torch.float32, "heads first", 0)  # M > N
     colsum = kernels.attention_colsum(q, k, causal=True)
-    assert_close(colsum, oracle(q, k, True)[1].sum(-2), 1e-5)
+    assert_close(colsum, softmax64(q, k, True)[1].sum(-2), 1e-5)
     assert bool((kernels.attention_lse(q, k, causal=True)[:, :, :33] == -math.inf).all())
 
 
@@ -135,7 +124,7 @@ def test_one_row_and_one_column(M, N):
     q, k = draw(1, 1, 2, M, N, 20, torch.float16, "heads first", 1)
     for causal in (False, True):
         colsum = kernels.attention_colsum(q, k, causal=causal)
-        assert_close(colsum, oracle(q, k, causal)[1].sum(-2), 1e-5)
+        assert_close(colsum, softmax64(q, k, causal)[1].sum(-2), 1e-5)
 
 
 @few
@@ -161,7 +150,7 @@ def test_gathering_copies_rows_bit_for_bit(shape, K, dtype, features):
 def test_decode_attention_matches_float64_and_reads_no_further(shape, unused, on_device, splits):
     q, k = draw(**shape | {"M": 1})
     v = draw(**shape | {"seed": shape["seed"] + 1})[1]
-    softmax = oracle(q, k, False)[1]
+    softmax = softmax64(q, k, False)[1]
     N, H, G = k.shape[2], q.shape[1], k.shape[1]
     expected = softmax @ torch.stack([v[:, h * G // H] for h in range(H)], 1).double()
     poison = torch.full((*k.shape[:2], unused, k.shape[3]), math.nan, device=ON).to(k.dtype)
