@@ -293,12 +293,13 @@ def attention_colsum(
     Source: SparseVILA, Algorithm 2.
     """
     _check_heads(q, k)
-    wanted = (q.shape[:3], torch.float32, q.device)
-    if lse is not None and (lse.shape, lse.dtype, lse.device) != wanted:
-        raise ValueError(
-            f"lse must be float32 of shape {tuple(q.shape[:3])} on {q.device}, "
-            f"got {lse.dtype} of shape {tuple(lse.shape)} on {lse.device}"
-        )
+    if lse is not None:
+        _check_tensors(lse)
+        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], torch.float32, q.device):
+            raise ValueError(
+                f"lse must be float32 of shape {tuple(q.shape[:3])} on {q.device}, "
+                f"got {lse.dtype} of shape {tuple(lse.shape)} on {lse.device}"
+            )
     if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
         return _attention_colsum_triton(q, k, causal=causal, scale=scale, lse=lse)
     return attention_colsum_reference(q, k, causal=causal, scale=scale, lse=lse)
@@ -389,11 +390,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """`gather_tokens` of keys and values (B, G, N, D) with one index (B, K), in one launch."""
-    if k.dim() != 4 or v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
-        raise ValueError(
-            "k must be (B, G, N, D) and v like it, "
-            f"got {tuple(k.shape)} {k.dtype} and {tuple(v.shape)} {v.dtype} on {v.device}"
-        )
+    _check_values(k, v)
     _check_index(k, index)
     k, v = _gather([k, v], index)
     return k, v
@@ -555,11 +552,9 @@ def decode_attention(
     by memory bandwidth. Source: our own choice (the paper decodes with its serving engine's).
     """
     _check_heads(q, k)
-    if q.shape[2] != 1 or v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
-        raise ValueError(
-            "q must be (B, H, 1, D) and v like k, got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} {v.dtype} on {v.device}"
-        )
+    _check_values(k, v)
+    if q.shape[2] != 1:
+        raise ValueError(f"q must be (B, H, 1, D), got {tuple(q.shape)}")
     length = _check_length(length, k)
     if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
         return _decode_attention_triton(q, k, v, length=length, scale=scale)
@@ -611,8 +606,15 @@ def _upcast(q: Tensor) -> dict[str, bool]:
 # --- argument checks ------------------------------------------------------------------------------
 
 
+def _check_tensors(*arguments: Tensor) -> None:
+    if not all(isinstance(argument, Tensor) for argument in arguments):
+        kinds = ", ".join(type(argument).__name__ for argument in arguments)
+        raise ValueError(f"arguments must be tensors, got {kinds}")
+
+
 def _check_heads(q: Tensor, k: Tensor) -> None:
     """Refuse query and key tensors that no attention is defined for."""
+    _check_tensors(q, k)
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             "q must be (B, H, M, D) and k (B, G, N, D) with equal B and D, "
@@ -630,8 +632,19 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"tensors must be on one device, got {q.device} and {k.device}")
 
 
+def _check_values(k: Tensor, v: Tensor) -> None:
+    """Refuse values that do not belong to the keys."""
+    _check_tensors(k, v)
+    if k.dim() != 4 or (v.shape, v.dtype, v.device) != (k.shape, k.dtype, k.device):
+        raise ValueError(
+            f"k must be (B, G, N, D) and v like it, got {tuple(k.shape)} {k.dtype} on {k.device} "
+            f"and {tuple(v.shape)} {v.dtype} on {v.device}"
+        )
+
+
 def _check_index(x: Tensor, index: Tensor) -> None:
     """Refuse an index that does not choose rows of x."""
+    _check_tensors(x, index)
     if x.dim() not in (3, 4) or index.dim() != 2 or index.shape[0] != x.shape[0]:
         raise ValueError(
             "x must be (B, N, E) or (B, G, N, D) and index (B, K), "
@@ -658,8 +671,9 @@ def _check_length(length: int | Tensor | None, k: Tensor) -> int | Tensor:
             )
         if length.is_cuda:
             return length
-    if not 1 <= int(length) <= capacity:
-        raise ValueError(f"length must be in [1, {capacity}], got {int(length)}")
+        length = int(length)
+    if type(length) is not int or not 1 <= length <= capacity:
+        raise ValueError(f"length must be an integer in [1, {capacity}], got {length!r}")
     return length
 
 

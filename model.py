@@ -24,14 +24,15 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageMath, ImageOps, ImageSequence, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ class Config:
             text=text,
             image_token_id=_image_token_id(raw),
             projector_activation=_activation(raw, "projector_hidden_act", "gelu"),
-            projector_bias=bool(raw.get("multimodal_projector_bias", True)),
+            projector_bias=_flag(raw, "multimodal_projector_bias", True),
             stop_ids=_stop_ids(folder, raw),
             dtype=getattr(torch, dtype),
         )
@@ -175,9 +176,8 @@ def _text_config(raw: dict) -> TextConfig:
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope scaling {kind!r} is not supported, accepted: none")
+    if rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
+        raise ValueError(f"rope scaling is not supported, got {rope!r}")
     width = _size(section, "hidden_size", 4096)
     heads = _size(section, "num_attention_heads", 32)
     text = TextConfig(
@@ -194,7 +194,8 @@ def _text_config(raw: dict) -> TextConfig:
         rope_theta=_number(section | rope, "rope_theta", 10000.0),
         max_positions=_size(section, "max_position_embeddings", 2048),
         qkv_bias=family == "qwen2",
-        tied=bool(raw.get("tie_word_embeddings") or section.get("tie_word_embeddings")),
+        tied=_flag(raw, "tie_word_embeddings", False)
+        or _flag(section, "tie_word_embeddings", False),
     )
     if text.heads % text.kv_heads or text.head_dim % 2:
         raise ValueError(
@@ -206,8 +207,8 @@ def _text_config(raw: dict) -> TextConfig:
 
 def _image_token_id(raw: dict) -> int:
     token = raw.get("image_token_index", raw.get("image_token_id", 32000))
-    if type(token) is not int or token < 0:
-        raise ValueError(f"image_token_index must be a non-negative integer, got {token!r}")
+    if type(token) is not int or not 0 <= token < 2**31:
+        raise ValueError(f"image_token_index must be an integer in [0, 2**31), got {token!r}")
     return token
 
 
@@ -242,6 +243,14 @@ def _number(section: dict, key: str, default: float) -> float:
     if type(value) not in (int, float) or not 0 < value < 2**127:
         raise ValueError(f"{key} must be a positive number, got {value!r}")
     return float(value)
+
+
+def _flag(section: dict, key: str, default: bool) -> bool:
+    value = section.get(key)
+    value = default if value is None else value
+    if type(value) is not bool:
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value
 
 
 def _activation(section: dict, key: str, default: str) -> str:
@@ -601,6 +610,8 @@ class VLM(nn.Module):
         No tokenizer is needed. Raises: FileNotFoundError and ValueError, naming what was found.
         """
         device = _pick_device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         folder = fetch(path_or_repo, revision)
         config = Config.from_folder(folder)
         with torch.device("meta"):  # shapes only: nothing is initialised just to be overwritten
@@ -782,9 +793,9 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
     """Raise ValueError for arguments of `VLM.generate` that mean nothing."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
-    if not 0 <= temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
-    if not 0 < top_p <= 1:
+    if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
@@ -839,6 +850,8 @@ def fetch(path_or_repo: str | Path, revision: str | None = None) -> Path:
 
     Raises: FileNotFoundError if there is neither; ValueError for a file.
     """
+    if not isinstance(path_or_repo, (str, Path)):
+        raise ValueError(f"a checkpoint must be a folder or a repository, got {path_or_repo!r}")
     path = Path(path_or_repo)
     if path.is_dir():
         return path
@@ -847,12 +860,11 @@ def fetch(path_or_repo: str | Path, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_repo)):
         raise FileNotFoundError(f"no folder {path_or_repo}, and no name of a hub repository")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         files = ["*.json", "*.safetensors"]
         return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # besides the hub's errors those of proxies, addresses, the disk
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
             f"no folder {path_or_repo}, and no repository of that name from the hub: {reason}"
@@ -861,10 +873,13 @@ def fetch(path_or_repo: str | Path, revision: str | None = None) -> Path:
 
 def _pick_device(device: str | torch.device | None) -> torch.device:
     """The device to load to: what was asked for, or the GPU if there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.zeros(1, device=device)
+        probe.item()  # the "meta" device has no values
+        return probe.device
+    except Exception as error:  # torch raises almost anything for what it was not built for
         reason = str(error).split("\n")[0]
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
 
@@ -897,7 +912,7 @@ def _weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name!r}, which is not there")
+            raise FileNotFoundError(f"{folder} has no regular file {file.name!r}")
         if file.suffix != ".safetensors":
             raise ValueError(f"{file.name} refused, accepted: .safetensors (pickles can run code)")
     if not files:
@@ -984,6 +999,8 @@ class Prompt:
     next: str
 
 
+PLACES = {"image": "{image}", "frame": "{image}", "first": "{question}", "next": "{question}"}
+
 PROMPTS = {
     "llava": Prompt(
         start="USER: ",
@@ -1004,34 +1021,62 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
     """A picture as upright 8-bit RGB: a path, or a Pillow image of any mode.
 
     Transparent parts become white, 16-bit values lose their low byte, EXIF rotation is applied.
-    Raises: ValueError or OSError for what Pillow cannot read, for an empty picture, and for one
-    with more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    Raises: ValueError or OSError for what Pillow cannot read, for an empty picture, for
+    floating-point pixels (their range is not in the file), and for more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source)
-    if not isinstance(source, (str, Path)):
-        raise ValueError(f"a picture must be a path or a Pillow image, got {type(source).__name__}")
+    with _opened(source) as image:
+        return _upright_rgb(image)
+
+
+def open_clip(path: str | Path) -> list[Image.Image]:
+    """The frames of an animated picture, each as `open_picture` gives it. Raises: as there."""
+    frames = []
+    with _opened(path) as animation:
+        for frame in ImageSequence.Iterator(animation):
+            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself checks the first frame only
+            if limit and frame.width * frame.height > limit:
+                raise Image.DecompressionBombError(f"frame {len(frames) + 1} exceeds limit {limit}")
+            frames.append(_upright_rgb(frame))
+    return frames
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file; whatever Pillow raises on a bad one becomes one clear error."""
+    if not isinstance(path, (str, Path)):
+        raise ValueError(f"a picture must be a path or a Pillow image, got {type(path).__name__}")
+    if not Path(path).is_file():  # a pipe would be waited for
+        what = f"{path} is not a regular file" if Path(path).exists() else f"no picture {path}"
+        raise FileNotFoundError(what)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return _upright_rgb(image)
+            with Image.open(path) as image:
+                yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{source} is not a picture that Pillow can read") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no picture {source}") from None
+        raise ValueError(f"{path} is not a picture that Pillow can read") from None
     except Exception as error:  # damaged files make Pillow raise almost anything
-        raise ValueError(f"{source} cannot be read: {error!r}") from None
+        raise ValueError(f"{path} cannot be read: {error!r}") from None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"a picture must have pixels, got {image.width} x {image.height}")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range, convert them to 8 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, in a 16- or 32-bit container
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        wide, clear = image.convert("I"), image.info.get("transparency")
+        image = wide.point(lambda value: value * (1 / 256)).convert("L")
+        image.info.clear()
+        if clear is not None:  # one 16-bit value means transparent
+            mask = ImageMath.lambda_eval(lambda of: (of["wide"] == clear) * 255, wide=wide)
+            image.paste(255, mask=mask.convert("L"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -1049,6 +1094,8 @@ class Processor:
     def __init__(
         self, tokenizer: Tokenizer, prompt: Prompt, image_token_id: int, image_config: dict
     ):
+        tokenizer.no_truncation()  # a checkpoint may carry its training's settings
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.image_token_id = image_token_id
@@ -1058,6 +1105,9 @@ class Processor:
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._begin = tokenizer.encode("").ids  # the begin-of-text token, where the family has one
+        for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+            if not _flag(image_config, step, True):
+                raise ValueError(f"{step} in preprocessor_config.json must be true, got false")
         self.image_size = _edge(image_config, "crop_size", {"height", "width"})
         self.resize_edge = _edge(image_config, "size", {"shortest_edge"})
         self.resample = Image.Resampling(image_config.get("resample", 3))
@@ -1085,6 +1135,9 @@ class Processor:
                 f"got {changes!r}"
             )
         prompt = Prompt(**fields | changes)
+        for field, word in PLACES.items():
+            if getattr(prompt, field).count(word) != 1:
+                raise ValueError(f"{folder}: prompt {field} must hold one {word}, got {changes!r}")
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}")

@@ -26,6 +26,7 @@ tokens (kept or retrieved).
 """
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -35,11 +36,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kernels import attention_colsum, gather_keys_values, gather_tokens
-from model import VLM, KVCache, Processor, Stopwatch, load, open_picture
+from model import VLM, KVCache, Processor, Stopwatch, check_sampling, load, open_clip, open_picture
 
 ROOM = 256  # cache rows set aside for questions and answers; the caches grow when it is used up
 
@@ -68,6 +69,12 @@ def check_sparsity(name: str, sparsity: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {sparsity!r}")
 
 
+def check_question(question: str) -> None:
+    """Raise ValueError for what is no question."""
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a text that is not empty, got {question!r}")
+
+
 def select_tokens(scores: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` highest scores along the last axis, ascending; ties go to the lower
     index.
@@ -75,8 +82,8 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
     scores (..., n) float -> (..., keep) int64. The choice at a smaller keep is a subset of that at
     a larger one. Raises: ValueError for NaN and for keep outside [0, n].
     """
-    if not 0 <= keep <= scores.shape[-1]:
-        raise ValueError(f"keep must be in [0, {scores.shape[-1]}], got {keep}")
+    if type(keep) is not int or not 0 <= keep <= scores.shape[-1]:
+        raise ValueError(f"keep must be an integer in [0, {scores.shape[-1]}], got {keep!r}")
     if scores.isnan().any():
         raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN")
     order = scores.sort(dim=-1, descending=True, stable=True).indices
@@ -276,6 +283,7 @@ class SparseVILA:
         self.kept = torch.empty(0, dtype=torch.int64)
         self.stats: dict = {}
         self._turns: list[tuple[int, list[int]]] = []  # (cache length before, tokens not yet read)
+        self._busy = False  # while `ask` runs
 
     # The two insertions of the method. For another one override `prune`, and `cache_type` (a
     # RetrievalCache with another `score`) or `new_cache` (any other KVCache).
@@ -299,6 +307,7 @@ class SparseVILA:
         Raises: ValueError or OSError for what is no picture, and for more visual tokens than the
         model's context holds. A call that fails leaves the session as it was.
         """
+        self._check_idle()
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("images must hold at least one picture, got none")
@@ -316,7 +325,8 @@ class SparseVILA:
         if following >= limit:
             raise ValueError(
                 f"{len(pictures)} pictures with {len(visual)} visual tokens take {following} of "
-                f"the model's {limit} positions and leave none for a question: show fewer"
+                f"the model's {limit} positions and leave none for a question: "
+                "show fewer or prune more"
             )
         rows = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]
         cache = self.new_cache(rows.to(self.model.device), capacity=len(ids) + ROOM)
@@ -370,14 +380,15 @@ class SparseVILA:
         """
         if self.cache is None:
             raise RuntimeError("nothing to ask about: call see(images) first")
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question must be a text that is not empty, got {question!r}")
+        check_question(question)
+        self._check_idle()
         turns, stats, start = self._turns, self.stats, self.cache.length
         unread = turns[-1][1] if turns else []
         ids = unread + self.processor.question(question.strip(), first=not turns)
         text = _TextStream(self.processor, on_text)
         watch = Stopwatch(self.model.device)
         try:
+            self._busy = True
             tokens = self.model.generate(
                 self.model.embed(ids),
                 cache=self.cache,
@@ -393,12 +404,12 @@ class SparseVILA:
             # The prompt of the next question begins with the stop token; any other last token was
             # generated but not read yet.
             unread = [] if tokens[-1] in self.model.config.stop_ids else tokens[-1:]
-            self._turns = [*turns, (start, unread)]
+            self._turns, self._busy = [*turns, (start, unread)], False
             if self.protocol == "evaluation":
                 self.forget()
             return answer
         except BaseException:
-            self._turns, self.stats = turns, stats
+            self._turns, self.stats, self._busy = turns, stats, False
             self.cache.truncate(start)
             raise
 
@@ -416,10 +427,15 @@ class SparseVILA:
 
     def forget(self) -> None:
         """Evict the last question and its answer. Without one, nothing happens."""
+        self._check_idle()
         if self._turns:
             *turns, (start, _) = self._turns
             self.cache.truncate(start)
             self._turns = turns
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise RuntimeError("the session is answering: one call at a time, and none in on_text")
 
 
 class Dense(SparseVILA):
@@ -465,6 +481,8 @@ def overlay(
     """A panel per question: pruned patches dimmed, the patches retrieved for it outlined, the
     brighter the more layers retrieved them; question and answer above. `images` are the pictures
     that were seen."""
+    if not answers:
+        raise ValueError("answers must hold at least one, got none")
     views = [session.processor.square(open_picture(image)) for image in images]
     edge = max(views[0].width, 320)
     encoded = session.stats["visual_tokens"]["encoded"]
@@ -555,7 +573,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--dense", action="store_true", help="the dense model only")
+    columns = parser.add_mutually_exclusive_group()
+    columns.add_argument("--dense", action="store_true", help="the dense model only")
+    columns.add_argument(
+        "--sparse", action="store_true", help="the sparse model only (for clips too long for dense)"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="default: as stored"
@@ -577,12 +599,17 @@ def read_frames(path: str) -> list[Image.Image]:
         if not files:
             raise ValueError(f"the folder {path} holds no frames")
         return [open_picture(file) for file in files]
-    open_picture(path)  # refuses whatever --image would refuse
-    with Image.open(path) as animation:
-        try:
-            return [open_picture(frame.copy()) for frame in ImageSequence.Iterator(animation)]
-        except Exception as error:  # damaged files make Pillow raise almost anything
-            raise ValueError(f"{path} cannot be read: {error!r}") from None
+    return open_clip(path)
+
+
+def encode_picture(picture: Image.Image, path: str) -> bytes:
+    """The content of a picture file in the format that its name asks for."""
+    encoded = io.BytesIO()
+    try:
+        picture.save(encoded, Image.registered_extensions()[Path(path).suffix.lower()])
+    except (KeyError, OSError) as error:  # an extension, or a format, that Pillow cannot write
+        raise ValueError(f"{path}: not a picture format that can be written: {error}") from None
+    return encoded.getvalue()
 
 
 def ask_all(
@@ -660,46 +687,72 @@ def main(argv: list[str] | None = None) -> None:
     """The command line. Bad input ends it with one line on standard error and exit status 2."""
     arguments = parse_arguments(argv)
     try:
+        if sys.stdout is None or arguments.chat and sys.stdin is None:
+            raise ValueError("standard input and output must be open")
         run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"sparsevila.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # nobody reads on, as in `| head`
+        raise SystemExit(141) from None
+    except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
+        print(f"sparsevila.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        _drop_output_that_cannot_be_written()
+
+
+def _drop_output_that_cannot_be_written() -> None:
+    """Python would try once more at exit, and complain."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        sys.stdout = None
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for. Raises: ValueError or OSError for bad input."""
-    if arguments.chat and (arguments.json or arguments.overlay):
+    """Do what the command line asks for. Raises: ValueError or OSError for bad input, as much of it
+    as possible before the model is loaded."""
+    if arguments.chat and (arguments.json or arguments.overlay is not None):
         raise ValueError("--json and --overlay need --ask, not --chat")
-    images = read_frames(arguments.video) if arguments.video else arguments.image or [SAMPLE]
+    if arguments.overlay is not None:
+        encode_picture(Image.new("RGB", (1, 1)), arguments.overlay)
+        if not Path(arguments.overlay).parent.is_dir():
+            raise ValueError(f"no folder to write {arguments.overlay} to")
     questions = arguments.ask or ([] if arguments.chat else SAMPLE_QUESTIONS)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    model, processor = load(
-        arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision
-    )
+    for question in questions:
+        check_question(question)
     settings = {
-        "prefill_sparsity": arguments.prefill_sparsity,
-        "decode_sparsity": arguments.decode_sparsity,
+        "prefill_sparsity": 0.0 if arguments.dense else arguments.prefill_sparsity,
+        "decode_sparsity": 0.0 if arguments.dense else arguments.decode_sparsity,
         "scope": arguments.scope,
         "positions": arguments.positions,
         "protocol": arguments.protocol or ("conversation" if arguments.chat else "evaluation"),
     }
-    if arguments.dense:
-        settings |= {"prefill_sparsity": 0.0, "decode_sparsity": 0.0}
+    for name in ("prefill_sparsity", "decode_sparsity"):
+        check_sparsity(name, settings[name])
     sampling = {
         "max_new_tokens": arguments.max_new_tokens,
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "seed": arguments.seed,
     }
+    check_sampling(**sampling)
+    if arguments.video is not None:
+        images = read_frames(arguments.video)
+    else:
+        images = [open_picture(file) for file in arguments.image or [SAMPLE]]
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    model, processor = load(
+        arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision
+    )
     session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
     if arguments.chat:
         session.see(images)
         return chat(session, sampling)
 
     sessions = {"dense" if arguments.dense else "sparse": session}
-    if not (arguments.dense or arguments.json):
+    if not (arguments.dense or arguments.sparse or arguments.json):
         sessions = {"dense": Dense(model, processor, **settings)} | sessions
     for warm_up in sessions.values():  # first calls pay for thread pools and memory
         ask_all(warm_up, images, questions[:1], sampling | {"max_new_tokens": 2})
@@ -719,8 +772,9 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
         print_comparison(columns)
-    if arguments.overlay:
-        overlay(session, images, list(zip(questions, answers))).save(arguments.overlay)
+    if arguments.overlay is not None:
+        picture = overlay(session, images, list(zip(questions, answers)))
+        Path(arguments.overlay).write_bytes(encode_picture(picture, arguments.overlay))
 
 
 if __name__ == "__main__":

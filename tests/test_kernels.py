@@ -171,6 +171,7 @@ q0, k0 = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
         (q0.int(), k0.int(), "int32"),
         (q0[:, :, :0], k0, "empty"),
         (q0, k0.to("meta"), "cpu and meta"),
+        (q0.tolist(), k0, "arguments must be tensors, got list, Tensor"),
     ],
 )
 def test_attention_refuses_what_does_not_fit(q, k, message):
@@ -184,17 +185,20 @@ def test_attention_refuses_what_does_not_fit(q, k, message):
 def test_the_other_operations_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match=r"lse must be float32 of shape \(1, 4, 3\)"):
         kernels.attention_colsum(q0, k0, lse=torch.zeros(1, 4, 2))
-    for length in (0, 6, -1):
-        with pytest.raises(ValueError, match=rf"length must be in \[1, 5\], got {length}"):
+    for length in (0, 6, -1, math.inf, 1.9, "2"):
+        with pytest.raises(ValueError, match=r"length must be an integer in \[1, 5\], got"):
             kernels.decode_attention(q0[:, :, :1], k0, k0, length=length)
-    with pytest.raises(ValueError, match=r"v like k"):
+    with pytest.raises(ValueError, match=r"v like it"):
         kernels.decode_attention(q0[:, :, :1], k0, k0[:, :, :4])
+    with pytest.raises(ValueError, match="must be tensors, got list"):
+        kernels.attention_colsum(q0, k0, lse=[1.0])
     x = torch.randn(2, 5, 3)
     for index, message in [
         (torch.tensor([[0, 5], [0, 1]]), r"\[0, 5\), got 0 .. 5"),
         (torch.tensor([[-1], [0]]), r"\[0, 5\), got -1"),
         (torch.tensor([[0]]), r"\(2, 5, 3\) and \(1, 1\)"),
         (torch.tensor([[0], [0]], dtype=torch.int32), "int64"),
+        ([[0], [0]], "must be tensors, got Tensor, list"),
     ]:
         with pytest.raises(ValueError, match=message):
             kernels.gather_tokens(x, index)

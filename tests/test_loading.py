@@ -103,6 +103,31 @@ def test_dtype_and_device_arguments(folder):
     assert VLM.from_pretrained(folder, device="cpu").dtype == torch.float16
 
 
+@pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"dtype": torch.int64}])
+def test_other_dtypes_are_refused(arguments):
+    with pytest.raises(ValueError, match="dtype must be a floating-point torch.dtype, got"):
+        VLM.from_pretrained(TINY, **arguments)
+
+
+@pytest.mark.parametrize("device", ["", "toaster", "meta", "hpu", 3.5])
+def test_devices_that_cannot_be_used_are_refused(device):
+    with pytest.raises(ValueError, match="cannot be used"):
+        VLM.from_pretrained(TINY, device=device)
+
+
+def test_the_tokenizers_own_truncation_and_padding_are_not_obeyed(tiny, folder):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=12)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    processor = Processor.from_pretrained(folder)
+    assert processor.context([7]) == tiny[1].context([7])
+    question = "which digit is next to the red 7?"
+    assert processor.question(question, first=True) == tiny[1].question(question, first=True)
+
+
 def test_the_model_loads_without_a_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     VLM.from_pretrained(folder, device="cpu")
@@ -135,8 +160,12 @@ def test_stop_tokens_come_from_the_first_place_that_names_them(folder):
     assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (2,)
 
 
+def edited(name, **changes):
+    return lambda folder: edit(folder / name, lambda c: c.update(changes))
+
+
 def config(**changes):
-    return lambda folder: edit(folder / "config.json", lambda c: c.update(changes))
+    return edited("config.json", **changes)
 
 
 def text_config(**changes):
@@ -216,7 +245,11 @@ NORM = "language_model.model.norm.weight"
         (config(image_token_index=-1), ValueError, "image_token_index must be .*got -1"),
         (config(projector_hidden_act="sin"), ValueError, "projector_hidden_act must be .*'sin'"),
         (text_config(model_type="mamba"), ValueError, "text model_type must be .*'mamba'"),
-        (text_config(rope_scaling={"type": "yarn"}), ValueError, "rope scaling 'yarn'"),
+        (text_config(rope_scaling={"type": "yarn"}), ValueError, "rope scaling .*'yarn'"),
+        (text_config(rope_scaling={"factor": 2.0}), ValueError, "rope scaling .*'factor': 2.0"),
+        (config(tie_word_embeddings="false"), ValueError, "must be true or false, got 'false'"),
+        (config(multimodal_projector_bias=1), ValueError, "must be true or false, got 1"),
+        (config(image_token_index=10**400), ValueError, "image_token_index must be an integer in"),
         (
             text_config(num_hidden_layers=10**9),
             ValueError,
@@ -271,7 +304,7 @@ NORM = "language_model.model.norm.weight"
         (index_to("/etc/passwd"), ValueError, "names '/etc/passwd', accepted"),
         (index_to("sub\\x.safetensors"), ValueError, "accepted: files in the same folder"),
         (index_to("config.json"), ValueError, "config.json refused, accepted: .safetensors"),
-        (lose_a_shard, FileNotFoundError, "names 'model-00002-of-00003.safetensors', which is not"),
+        (lose_a_shard, FileNotFoundError, "no regular file 'model-00002-of-00003"),
         (write("model.safetensors.index.json", "{}"), ValueError, "has no weight_map"),
         (
             remove("model.safetensors"),
@@ -288,6 +321,14 @@ NORM = "language_model.model.norm.weight"
         (write("preprocessor_config.json", '{"size": 0}'), ValueError, "crop_size in .* got None"),
         (config(prompt={"start": "x", "end": "y"}), ValueError, "prompt in config.json must hold"),
         (config(prompt={"start": 3}), ValueError, "prompt in config.json must hold texts"),
+        (config(prompt={"first": "why?"}), ValueError, "prompt first must hold one {question}"),
+        (config(prompt={"image": "{image}{image}"}), ValueError, "image must hold one {image}"),
+        (
+            edited("preprocessor_config.json", do_resize=False),
+            ValueError,
+            "do_resize in preprocessor_config.json must be true, got false",
+        ),
+        (edited("preprocessor_config.json", do_normalize="no"), ValueError, "true or false"),
         (config(prompt="x"), ValueError, "prompt in config.json must hold texts"),
         (text_config(rope_scaling="yarn"), ValueError, "rope_parameters must be an object, got 'y"),
         (text_config(rope_theta=10**400), ValueError, "rope_theta must be a positive number"),
@@ -329,18 +370,29 @@ def test_fetch_refuses_what_is_neither_folder_nor_repository(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="is a file, accepted: a checkpoint folder"):
         fetch(file)
+    for name in (None, 3):
+        with pytest.raises(ValueError, match="must be a folder or a repository, got"):
+            fetch(name)
     for name in ("nowhere", "./no/such/folder", "a b/c", "https://example.org/x"):
         with pytest.raises(FileNotFoundError, match="no folder"):
             fetch(name)
 
 
-def test_an_unreachable_hub_is_one_line(tmp_path):
-    """The real client against a port where nobody listens."""
+@pytest.mark.parametrize(
+    "address",
+    [
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        {"HF_ENDPOINT": "nowhere"},
+        {"HTTPS_PROXY": "socks5://127.0.0.1:9"},
+    ],
+)
+def test_an_unreachable_hub_is_one_line(tmp_path, address):
+    """The real client: a port where nobody listens, no protocol, a proxy it has no library for."""
     run = subprocess.run(
         [sys.executable, ROOT / "sparsevila.py", "--model", "nobody/nothing"],
         capture_output=True,
         text=True,
-        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": ""},
+        env={"HF_HOME": str(tmp_path), "PATH": ""} | address,
         timeout=120,
     )
     assert run.returncode == 2 and run.stdout == ""

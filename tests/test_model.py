@@ -8,6 +8,7 @@ from conftest import random_model, random_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 
+import model
 from model import KVCache, causal_attention, rotary_table, rotate, sample, token_salience
 
 
@@ -226,6 +227,26 @@ def test_the_cache_grows_and_is_cut():
     for length in (-1, 1):
         with pytest.raises(ValueError, match=rf"length must be in \[0, 0\], got {length}"):
             cache.truncate(length)
+
+
+def test_a_failed_growth_leaves_the_cache_as_it_was(monkeypatch):
+    cache = KVCache(1, capacity=64)
+    rows = torch.randn(1, 2, 64, 4)
+    cache.append(0, rows, -rows)
+    grown, calls = model._grown, []
+
+    def out_of_memory_for_values(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return grown(*arguments)
+
+    monkeypatch.setattr(model, "_grown", out_of_memory_for_values)
+    with pytest.raises(MemoryError):
+        cache.append(0, rows, -rows)
+    cache.append(0, 2 * rows, -2 * rows)
+    assert torch.equal(cache.k[0][:, :, :128], torch.cat([rows, 2 * rows], 2))
+    assert torch.equal(cache.v[0], -cache.k[0])
 
 
 def test_a_failed_read_leaves_the_cache_as_it_was():

@@ -1,6 +1,7 @@
 """Pictures of every kind to pixels, text to tokens."""
 
 import math
+import os
 import re
 import struct
 import zlib
@@ -11,7 +12,7 @@ from conftest import TINY
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from model import CLIP_MEAN, CLIP_STD, PROMPTS, Processor, open_picture
+from model import CLIP_MEAN, CLIP_STD, PROMPTS, Processor, open_clip, open_picture
 
 RED = (200, 30, 10)
 
@@ -59,7 +60,6 @@ def as_16_bit(image):
         (lambda i: i.convert("RGBA"), "webp", RED),
         (lambda i: Image.new("RGBA", i.size, (*RED, 0)), "png", (255, 255, 255)),
         (lambda i: Image.new("LA", i.size, (0, 128)), "png", (127, 127, 127)),
-        (lambda i: i.convert("F"), "tiff", (79, 79, 79)),
     ],
 )
 def test_every_kind_of_picture_works(tmp_path, convert, suffix, expected):
@@ -81,14 +81,36 @@ def test_exif_rotation_is_applied(tmp_path):
     assert upright.size == (10, 20) and upright.getpixel((5, 2)) == RED
 
 
+def png(width, height, bits, kind, *chunks):
+    """A PNG file of these chunks, by hand: what Pillow cannot write itself."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    content = (
+        struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        for body in (header, *chunks, b"IEND")
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(content)
+
+
 def png_header(width, height):
     """A file of a few bytes that claims to be so large."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = (
-        struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-        for body in (header, b"IDAT", b"IEND")
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    return png(width, height, 8, 2, b"IDAT")
+
+
+def test_a_transparent_16_bit_value_is_compared_with_all_its_bits(tmp_path):
+    row = b"\0" + struct.pack(">4H", 0x1234, 0x1235, 0x0012, 0xFFFF)
+    chunks = b"tRNS" + struct.pack(">H", 0x1234), b"IDAT" + zlib.compress(row)
+    (tmp_path / "key.png").write_bytes(png(4, 1, 16, 0, *chunks))
+    image = open_picture(tmp_path / "key.png")
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [255, 0x12, 0, 255]
+
+
+def test_every_frame_of_a_clip_is_held_to_pillows_limit(tmp_path, monkeypatch):
+    small, large = Image.new("RGB", (9, 9), RED), Image.new("RGB", (90, 90), RED)
+    small.save(tmp_path / "clip.tiff", save_all=True, append_images=[large, small])
+    assert [frame.size for frame in open_clip(tmp_path / "clip.tiff")] == [(9, 9), (90, 90), (9, 9)]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="clip.tiff: frame 2 exceeds limit 1000"):
+        open_clip(tmp_path / "clip.tiff")
 
 
 def test_files_that_are_no_pictures_are_refused(tmp_path):
@@ -109,8 +131,13 @@ def test_files_that_are_no_pictures_are_refused(tmp_path):
         assert name in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no picture"):
         open_picture(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match="cannot be read"):
-        open_picture(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", ""):
+        with pytest.raises(FileNotFoundError, match="is not a regular file"):
+            open_picture(tmp_path / name)
+    Image.new("F", (5, 5)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="floating-point pixels have no known range"):
+        open_picture(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="must be a path or a Pillow image, got int"):
         open_picture(3)
     with pytest.raises(ValueError, match="must have pixels, got 0 x 5"):

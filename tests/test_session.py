@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,9 @@ def test_ask_refuses(tiny, board):
         session.ask("what?", temperature=float("nan"))
     with pytest.raises(ValueError, match="the model has 2048 positions"):
         session.ask("what? " * 3000)
+    for sampling in ({"temperature": "x"}, {"temperature": None}, {"top_p": "x"}):
+        with pytest.raises(ValueError, match=next(iter(sampling))):
+            session.ask("what?", **sampling)
     assert session.cache.length == length and not session.cache.relevance
 
 
@@ -126,6 +130,23 @@ def test_a_diverged_model_is_named_not_ranked(tiny, board):
     with pytest.raises(ValueError, match="scores must not be NaN"):
         session.ask("what?")
     assert session.cache.length == length
+
+
+def test_a_session_answers_one_question_at_a_time(tiny, board):
+    session, refused = SparseVILA(*tiny), []
+    session.see(board)
+    alone = session.ask("what color is the 7?")
+    session.forget()
+
+    def interfere(text):
+        for call in (lambda: session.ask("why?"), lambda: session.see(board), session.forget):
+            with pytest.raises(RuntimeError, match="one call at a time"):
+                call()
+            refused.append(text)
+
+    answer = session.ask("what color is the 7?", on_text=interfere)
+    assert answer.token_ids == alone.token_ids and refused
+    session.forget()
 
 
 def test_sampling_with_a_seed_is_repeatable(tiny, board):
@@ -260,8 +281,20 @@ def test_chat_streams_answers_and_survives_bad_questions():
         (["--device", "toaster"], "toaster"),
         (["--chat", "--json"], "--json and --overlay need --ask"),
         (["--image", "a.png", "--video", "b"], "not allowed with argument"),
-        (["--overlay", "/no/such/folder/x.png"], "/no/such/folder/x.png"),
-        (["--overlay", "x.unknown"], "unknown"),
+        (["--overlay", "/no/such/folder/x.png"], "no folder to write /no/such/folder/x.png to"),
+        (["--overlay", "x.unknown"], "x.unknown: not a picture format that can be written"),
+        (["--overlay", ""], "not a picture format that can be written"),
+        (["--dense", "--sparse"], "not allowed with argument"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--device", ""], "device '' cannot be used"),
+        (["--video", ""], "is not a picture"),
+        # Each of these is noticed before the model is loaded:
+        (["--ask", "what?", "--ask", " ", "--model", "nowhere"], "question must be a text"),
+        (["--top-p", "0", "--model", "nowhere"], "top_p must be in (0, 1], got 0.0"),
+        (["--decode-sparsity", "1", "--model", "nowhere"], "decode_sparsity must be in [0, 1)"),
+        (["--image", "missing.png", "--model", "nowhere"], "no picture missing.png"),
+        (["--chat", "--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1"),
+        (["--ask", "two\nlines", "--model", "no\nsuch"], "no folder no such"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
@@ -270,6 +303,39 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, message):
     line = result.stderr.strip().split("\n")[-1]
     assert "error: " in line and message in line
     assert "Traceback" not in result.stderr
+
+
+def test_a_failed_overlay_leaves_the_old_file(tmp_path):
+    for name in ("old.psd", "old.xbm"):  # formats that Pillow reads only, or not from RGB
+        (tmp_path / name).write_text("old")
+        assert run("--overlay", tmp_path / name).returncode == 2
+        assert (tmp_path / name).read_text() == "old"
+
+
+def test_a_clip_too_long_for_dense_can_be_asked_sparsely(tmp_path):
+    images = ["--image", SAMPLES / "board.png"] * 25
+    assert "show fewer or prune more" in run(*images).stderr
+    result = run(*images, "--sparse", "--ask", "which frame shows the 7?", "--max-new-tokens", 2)
+    assert result.returncode == 0 and "dense" not in result.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(
+    "shell, status, words",
+    [
+        ("{} | true", 141, ""),
+        ("{} > /dev/full", 2, "No space left on device"),
+        ("{} >&-", 2, "standard input and output must be open"),
+        ("{} --chat <&-", 2, "standard input and output must be open"),
+        ("echo what? | {} --chat > /dev/full", 2, "No space left on device"),
+    ],
+)
+def test_closed_and_full_outputs(shell, status, words):
+    command = shell.format(f"{sys.executable} {ROOT / 'sparsevila.py'} --max-new-tokens 2")
+    command = command if status == 2 else "(" + command.replace(" | ", "; echo $? >&2) | ")
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert str(status) in (str(result.returncode), result.stderr.strip())
+    assert words in result.stderr and len(result.stderr.strip().split("\n")) == 1
 
 
 def test_an_empty_folder_of_frames_is_refused(tmp_path):

@@ -74,8 +74,8 @@ def test_select_tokens_works_on_every_row():
 def test_select_tokens_refuses():
     with pytest.raises(ValueError, match="NaN"):
         select_tokens(torch.tensor([0.0, math.nan]), 1)
-    for keep in (-1, 3):
-        with pytest.raises(ValueError, match=rf"keep must be in \[0, 2\], got {keep}"):
+    for keep in (-1, 3, 1.5, None):
+        with pytest.raises(ValueError, match=rf"keep must be an integer in \[0, 2\], got {keep}"):
             select_tokens(torch.zeros(2), keep)
 
 
