@@ -358,8 +358,12 @@ class SparseVILA:
     @staticmethod
     def flat(index: Tensor, n: int) -> Tensor:
         """The index from `prune`, (images, K) within each picture of n tokens or (1, K) over all,
-        as one list (V,) into images * n tokens, on the CPU."""
-        return (index.cpu() + n * torch.arange(len(index))[:, None]).flatten()
+        as one list (V,) into images * n tokens, on the CPU. Raises: ValueError unless it ascends,
+        as the positions of tokens do."""
+        tokens = (index.cpu() + n * torch.arange(len(index))[:, None]).flatten()
+        if (tokens.diff() <= 0).any():
+            raise ValueError("the index of kept tokens must be ascending and without repetitions")
+        return tokens
 
     def ask(
         self,

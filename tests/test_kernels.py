@@ -2,10 +2,12 @@
 relative."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import softmax64
+from conftest import ROOT, softmax64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -205,8 +207,26 @@ def test_the_other_operations_refuse_what_does_not_fit():
 
 
 def test_colsum_of_a_long_sequence_stays_within_its_memory():
-    """At M = N = 4096, H = 8 the matrix would take 512 MB; two chunks are 128 MB."""
+    """At M = N = 4096, H = 8 the matrix would take 512 MB; two chunks are 32 MB."""
     step = kernels.CHUNK_BYTES // (4 * 8 * 4096)
     q = torch.randn(1, 8, 4096, 16)
     sizes = [scores.numel() for _, scores in kernels._score_chunks(q, q, False, None)]
     assert max(sizes) * 4 <= kernels.CHUNK_BYTES and len(sizes) == math.ceil(4096 / step)
+
+
+def test_without_triton_every_operation_takes_the_pytorch_path():
+    """As on macOS and Windows, where there is no Triton: `import triton` fails."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+import kernels
+assert kernels.triton is None
+q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
+assert kernels.attention_lse(q, k).shape == (1, 4, 1)
+assert kernels.attention_colsum(q, k).shape == (1, 4, 5)
+assert kernels.gather_keys_values(k, k, torch.tensor([[3, 1]]))[1].shape == (1, 2, 2, 8)
+assert kernels.decode_attention(q, k, k).shape == q.shape
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

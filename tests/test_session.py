@@ -116,6 +116,16 @@ def test_a_session_refuses_settings_out_of_range(tiny, options, message):
         SparseVILA(*tiny, **options)
 
 
+def test_a_prune_of_ones_own_must_keep_the_order(tiny, board):
+    class Backwards(SparseVILA):
+        def prune(self, features, salience):
+            features, index = super().prune(features, salience)
+            return features.flip(1), index.flip(1)
+
+    with pytest.raises(ValueError, match="kept tokens must be ascending"):
+        Backwards(*tiny).see(board)
+
+
 def test_a_diverged_model_is_named_not_ranked(tiny, board):
     """NaN in the salience or in the relevance must not silently pick the first tokens."""
     vlm, processor = random_model(0)

@@ -191,3 +191,19 @@ def test_offsets_go_beyond_two_to_the_31():
     assert torch.equal(kernels.gather_tokens(k, index), kernels.gather_tokens(near[0], index))
     q = q[:, :, :1]
     assert torch.equal(kernels.decode_attention(q, k, v), kernels.decode_attention(q, *near))
+
+
+if not kernels.INTERPRETED:
+
+    def test_a_cuda_graph_replays_a_step_while_the_length_grows():
+        """Recorded once; every replay reads the length that the device holds by then."""
+        q, k = draw(1, 4, 7, 1, 300, 128, torch.float16, "heads first", 5)
+        v, length = k.flip(-1), torch.tensor(1, device=ON)
+        kernels.decode_attention(q, k, v, length=length)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernels.decode_attention(q, k, v, length=length)
+        for n in (1, 2, 64, 65, 300):
+            length.fill_(n)
+            graph.replay()
+            assert torch.equal(out, kernels.decode_attention(q, k, v, length=n))
