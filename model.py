@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from awq import W4A16Linear, W8A8Linear, group_size_of
 from kernels import attention_colsum, decode_attention
 
 # --- configuration --------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ class Config:
     projector_bias: bool = True
     stop_ids: tuple[int, ...] = (2,)
     dtype: torch.dtype = torch.float32  # of the stored weights
+    group_size: int | None = None  # of the decoder's four-bit weights, if the files hold such
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Config":
@@ -106,8 +108,6 @@ class Config:
         """
         raw = _read_json(folder / "config.json")
         _family(folder, raw)
-        if "quantization_config" in raw:
-            raise ValueError(f"{folder}: quantised checkpoints are not supported")
         text = _text_config(raw)
         dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"
         if dtype not in ("float32", "float16", "bfloat16"):
@@ -120,6 +120,7 @@ class Config:
             projector_bias=_flag(raw, "multimodal_projector_bias", True),
             stop_ids=_stop_ids(folder, raw),
             dtype=getattr(torch, dtype),
+            group_size=_group_size(folder, raw),
         )
 
 
@@ -131,6 +132,17 @@ def _family(folder: Path, raw: dict) -> str:
             f"{folder}: model_type {family!r} is not supported, accepted: {', '.join(PROMPTS)}"
         )
     return family
+
+
+def _group_size(folder: Path, raw: dict) -> int | None:
+    """The group size of a quantised checkpoint, whose settings stand in either of two files."""
+    older = folder / "quant_config.json"
+    settings = raw.get("quantization_config") or (_read_json(older) if older.exists() else None)
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder}: quantization_config must be an object, got {settings!r}")
+    return group_size_of(settings)
 
 
 def _vision_config(raw: dict) -> VisionConfig:
@@ -610,8 +622,10 @@ class VLM(nn.Module):
         No tokenizer is needed. Raises: FileNotFoundError and ValueError, naming what was found.
         """
         device = _pick_device(device)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"dtype must be torch.float32, float16, bfloat16 or None, got {dtype!r}"
+            )
         folder = fetch(path_or_repo, revision)
         config = Config.from_folder(folder)
         with torch.device("meta"):  # shapes only: nothing is initialised just to be overwritten
@@ -626,6 +640,24 @@ class VLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they are held, quantised or not."""
+        tensors = {id(t): t for t in (*self.parameters(), *self.buffers())}  # a tied head once
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the weights, and which parts are quantised."""
+        quantised = [
+            f"{kind} {part}"
+            for kind, part, layer in (
+                ("W4A16", "decoder", W4A16Linear), ("W8A8", "tower", W8A8Linear),
+            )
+            if any(isinstance(module, layer) for module in self.modules())
+        ]  # fmt: skip
+        return " + ".join([str(self.dtype)[6:], *quantised])
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -686,6 +718,10 @@ class VLM(nn.Module):
         start = 0 if cache is None else cache.next_position
         if positions is None:
             positions = torch.arange(start, start + embeddings.shape[1])
+        if positions.shape != embeddings.shape[1:2]:
+            raise ValueError(
+                f"positions must be ({embeddings.shape[1]},), got {tuple(positions.shape)}"
+            )
         if cache is None:
             return self.decoder(embeddings, positions.to(self.device), attend_uncached)
         length = cache.length
@@ -734,7 +770,7 @@ class VLM(nn.Module):
 
         Returns: the new token ids; a stop token, if one came, is the last.
         Raises: ValueError for arguments out of range and for a context over the model's limit, both
-        before anything is written.
+        before anything is written; for NaN logits.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
         T = embeddings.shape[1]
@@ -793,7 +829,7 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
     """Raise ValueError for arguments of `VLM.generate` that mean nothing."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < 2**127:
         raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
     if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
@@ -896,7 +932,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or all there are."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -925,12 +961,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _fill(model: VLM, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter of a model on the meta device its tensor, one at a time."""
+    """Give every parameter and buffer of a model on the meta device its tensor, one at a time."""
     # A head stored in the files wins over the configuration's word that it is tied.
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    wanted = dict(model.named_parameters())
+    files = weight_files(folder)
+    _make_quantised(model, [name for file in files for name in _names(file)])
+    wanted = dict(model.named_parameters()) | dict(model.named_buffers())
     filled: dict[str, str] = {}
-    for file in _weight_files(folder):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
@@ -939,12 +977,9 @@ def _fill(model: VLM, folder: Path, device: torch.device, dtype: torch.dtype) ->
                         continue
                     shape = tuple(tensors.get_slice(name).get_shape())
                     _check_tensor(file, name, ours, shape, wanted, filled)
-                    tensor = tensors.get_tensor(name)
-                    if not tensor.is_floating_point():
-                        raise ValueError(
-                            f"{file}: {name} must be floating point, got {tensor.dtype}"
-                        )
-                    _set_parameter(model, ours, tensor.to(device, dtype))
+                    tensor = _checked_dtype(file, name, tensors.get_tensor(name), wanted[ours])
+                    cast = dtype if isinstance(wanted[ours], nn.Parameter) else tensor.dtype
+                    _set_tensor(model, ours, tensor.to(device, cast))
                     filled[ours] = name
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
@@ -958,12 +993,42 @@ def _fill(model: VLM, folder: Path, device: torch.device, dtype: torch.dtype) ->
         )
 
 
+def _names(file: Path) -> list[str]:
+    """Our names of the tensors in a file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return [ours for name in tensors.keys() if (ours := our_name(name))]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+
+
+def _make_quantised(model: VLM, names: list[str]) -> None:
+    """Replace the Linears whose tensors in the files are quantised, and only those: lists of
+    modules in configurations are often out of date."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path not in linears or leaf not in ("qweight", "weight_scale"):
+            continue
+        linear = linears[path]
+        N, K = linear.weight.shape
+        bias = linear.bias is not None
+        if leaf == "weight_scale":
+            layer = W8A8Linear(K, N, bias, device="meta")
+        elif model.config.group_size is None:
+            raise ValueError(f"{name} is quantised, but config.json has no quantization_config")
+        else:
+            layer = W4A16Linear(K, N, model.config.group_size, bias, device="meta")
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
 def _check_tensor(
     file: Path,
     name: str,
     ours: str,
     shape: tuple[int, ...],
-    wanted: dict[str, nn.Parameter],
+    wanted: dict[str, Tensor],
     filled: dict[str, str],
 ) -> None:
     if ours not in wanted:
@@ -974,9 +1039,22 @@ def _check_tensor(
         raise ValueError(f"{file}: {name} must have shape {tuple(wanted[ours].shape)}, got {shape}")
 
 
-def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+def _checked_dtype(file: Path, name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """Parameters may have any floating dtype; packed codes and their scales are taken as stored."""
+    if isinstance(wanted, nn.Parameter):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{file}: {name} must be floating point, got {tensor.dtype}")
+    elif tensor.dtype != wanted.dtype:
+        raise ValueError(f"{file}: {name} must be {wanted.dtype}, got {tensor.dtype}")
+    return tensor
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor)
 
 
 # --- pictures and text ----------------------------------------------------------------------------
@@ -1022,7 +1100,7 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
 
     Transparent parts become white, 16-bit values lose their low byte, EXIF rotation is applied.
     Raises: ValueError or OSError for what Pillow cannot read, for an empty picture, for
-    floating-point pixels (their range is not in the file), and for more pixels than
+    floating-point pixels (their range is not in the file), and for a file with more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     if isinstance(source, Image.Image):
@@ -1110,7 +1188,12 @@ class Processor:
                 raise ValueError(f"{step} in preprocessor_config.json must be true, got false")
         self.image_size = _edge(image_config, "crop_size", {"height", "width"})
         self.resize_edge = _edge(image_config, "size", {"shortest_edge"})
-        self.resample = Image.Resampling(image_config.get("resample", 3))
+        resample = image_config.get("resample", 3)
+        if type(resample) is not int or not 0 <= resample <= 5:
+            raise ValueError(
+                f"resample in preprocessor_config.json must be in [0, 5], got {resample!r}"
+            )
+        self.resample = Image.Resampling(resample)
         self.rescale = _number(image_config, "rescale_factor", 1 / 255)
         self.mean = _per_channel(image_config, "image_mean", CLIP_MEAN)
         self.std = _per_channel(image_config, "image_std", CLIP_STD)

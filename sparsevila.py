@@ -139,7 +139,7 @@ class RetrievalCache(KVCache):
     Attributes:
         visual: (V,) int64, the rows that hold visual tokens; set it before the first question, on
             the model's device.
-        relevance: per layer (V,) float32, of the last question.
+        relevance: per layer (V,) float32, of the last question that was read.
         retrieved: per layer (K,) int64, ascending, which of the V tokens the last question
             retrieved.
         packed: the buffer an answer is decoded from; None from `start_question` or `truncate` to
@@ -211,7 +211,7 @@ class RetrievalCache(KVCache):
 # --- the session ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value
 class Answer:
     """What `SparseVILA.ask` returns.
 
@@ -326,7 +326,7 @@ class SparseVILA:
             raise ValueError(
                 f"{len(pictures)} pictures with {len(visual)} visual tokens take {following} of "
                 f"the model's {limit} positions and leave none for a question: "
-                "show fewer or prune more"
+                "show fewer or prune more (--sparse leaves out the dense model)"
             )
         rows = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]
         cache = self.new_cache(rows.to(self.model.device), capacity=len(ids) + ROOM)
@@ -345,6 +345,9 @@ class SparseVILA:
         """Token ids before the first question, their positions (T,), and the position that
         follows."""
         tokens = self.flat(index, n)
+        bounds = torch.tensor([-1]), torch.tensor([images * n])
+        if (torch.cat([bounds[0], tokens, bounds[1]]).diff() <= 0).any():
+            raise ValueError(f"kept tokens must be ascending and below {images * n}, got {tokens}")
         counts = torch.bincount(tokens // n, minlength=images).tolist()
         ids = self.processor.context(counts)
         if self.positions == "contiguous":
@@ -358,12 +361,8 @@ class SparseVILA:
     @staticmethod
     def flat(index: Tensor, n: int) -> Tensor:
         """The index from `prune`, (images, K) within each picture of n tokens or (1, K) over all,
-        as one list (V,) into images * n tokens, on the CPU. Raises: ValueError unless it ascends,
-        as the positions of tokens do."""
-        tokens = (index.cpu() + n * torch.arange(len(index))[:, None]).flatten()
-        if (tokens.diff() <= 0).any():
-            raise ValueError("the index of kept tokens must be ascending and without repetitions")
-        return tokens
+        as one list (V,) into images * n tokens, on the CPU."""
+        return (index.cpu() + n * torch.arange(len(index))[:, None]).flatten()
 
     def ask(
         self,
@@ -484,9 +483,13 @@ def overlay(
 ) -> Image.Image:
     """A panel per question: pruned patches dimmed, the patches retrieved for it outlined, the
     brighter the more layers retrieved them; question and answer above. `images` are the pictures
-    that were seen."""
+    that were seen, `answers` questions and what `ask` returned since then. Raises: ValueError for
+    another number of images, and for no answers."""
     if not answers:
         raise ValueError("answers must hold at least one, got none")
+    seen = session.stats.get("pictures", 0)
+    if len(images) != seen:
+        raise ValueError(f"images must be the {seen} that were seen, got {len(images)}")
     views = [session.processor.square(open_picture(image)) for image in images]
     edge = max(views[0].width, 320)
     encoded = session.stats["visual_tokens"]["encoded"]
@@ -500,8 +503,8 @@ def overlay(
             votes[kept[chosen.cpu()]] += 1 / len(answer.retrieved)
         panel = Image.new("RGB", ((edge + 8) * len(views), edge + 56), "white")
         draw = ImageDraw.Draw(panel)
-        draw.text((4, 4), question, "black", font)
-        draw.text((4, 26), answer.text, "black", font)
+        draw.text((4, 4), " ".join(question.split()), "black", font)
+        draw.text((4, 26), " ".join(answer.text.split()), "black", font)
         for number, view in enumerate(views):
             tokens = range(number * side * side, (number + 1) * side * side)
             dropped = ~torch.isin(torch.tensor(tokens), kept)
@@ -553,15 +556,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "Without arguments: a sample picture and the tiny model of this folder."
     )
     pictures = parser.add_mutually_exclusive_group()
-    pictures.add_argument("--image", action="append", metavar="FILE", help="a picture (repeatable)")
     pictures.add_argument(
-        "--video", metavar="PATH", help="a folder of frames, or an animated picture"
+        "--image", type=path, action="append", metavar="FILE", help="a picture (repeatable)"
+    )
+    pictures.add_argument(
+        "--video", type=path, metavar="PATH", help="a folder of frames, or an animated picture"
     )
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--ask", action="append", metavar="TEXT", help="a question (repeatable)")
     questions.add_argument("--chat", action="store_true", help="questions from the terminal")
     parser.add_argument(
-        "--model", default=HERE / "tiny", help="checkpoint folder or hub repository"
+        "--model", type=path, default=HERE / "tiny", help="checkpoint folder or hub repository"
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
     parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
@@ -586,11 +591,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="default: as stored"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument(
-        "--overlay", metavar="FILE", help="write a picture of what was kept and retrieved"
+        "--json", action="store_true", help="one JSON object, of the sparse model unless --dense"
+    )
+    parser.add_argument(
+        "--overlay",
+        type=path,
+        metavar="FILE",
+        help="write a picture of what was kept and retrieved",
     )
     return parser.parse_args(argv)
+
+
+def path(text: str) -> str:
+    """A path given on the command line; an empty one comes from a shell variable that is not
+    set."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return text
 
 
 def read_frames(path: str) -> list[Image.Image]:
@@ -598,7 +616,7 @@ def read_frames(path: str) -> list[Image.Image]:
     file."""
     if Path(path).is_dir():
         files = sorted(
-            p for p in Path(path).iterdir() if p.is_file() and not p.name.startswith(".")
+            p for p in Path(path).iterdir() if not p.is_dir() and not p.name.startswith(".")
         )
         if not files:
             raise ValueError(f"the folder {path} holds no frames")
@@ -611,8 +629,9 @@ def encode_picture(picture: Image.Image, path: str) -> bytes:
     encoded = io.BytesIO()
     try:
         picture.save(encoded, Image.registered_extensions()[Path(path).suffix.lower()])
-    except (KeyError, OSError) as error:  # an extension, or a format, that Pillow cannot write
-        raise ValueError(f"{path}: not a picture format that can be written: {error}") from None
+    except Exception as error:  # no such format, or too large for it: Pillow raises almost anything
+        size = f"{picture.width} x {picture.height}"
+        raise ValueError(f"{path}: a {size} picture cannot be written so: {error!r}") from None
     return encoded.getvalue()
 
 
@@ -717,9 +736,9 @@ def _drop_output_that_cannot_be_written() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises: ValueError or OSError for bad input, as much of it
     as possible before the model is loaded."""
-    if arguments.chat and (arguments.json or arguments.overlay is not None):
+    if arguments.chat and (arguments.json or arguments.overlay):
         raise ValueError("--json and --overlay need --ask, not --chat")
-    if arguments.overlay is not None:
+    if arguments.overlay:
         encode_picture(Image.new("RGB", (1, 1)), arguments.overlay)
         if not Path(arguments.overlay).parent.is_dir():
             raise ValueError(f"no folder to write {arguments.overlay} to")
@@ -742,7 +761,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
     }
     check_sampling(**sampling)
-    if arguments.video is not None:
+    if arguments.video:
         images = read_frames(arguments.video)
     else:
         images = [open_picture(file) for file in arguments.image or [SAMPLE]]
@@ -767,16 +786,19 @@ def run(arguments: argparse.Namespace) -> None:
     where = {
         "model": str(arguments.model),
         "device": str(model.device),
-        "dtype": str(model.dtype)[6:],
+        "precision": model.precision,
+        "weight_bytes": model.weight_bytes,
     }
     if arguments.json:
         print(
             json.dumps(where | {"settings": settings | sampling} | columns.popitem()[1], indent=2)
         )
     else:
-        print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
+        *words, size = where.values()
+        print(", ".join([*words, *(f"{k} {v}" for k, v in settings.items())]) + "\n")
         print_comparison(columns)
-    if arguments.overlay is not None:
+        print(f"weights: {size:,} bytes, {model.precision}")
+    if arguments.overlay:
         picture = overlay(session, images, list(zip(questions, answers)))
         Path(arguments.overlay).write_bytes(encode_picture(picture, arguments.overlay))
 

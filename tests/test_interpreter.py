@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import awq
 import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.triton, reason="Triton is not made for this system")
 HERE = Path(__file__).resolve().parent
 
 
-def test_the_kernels_pass_their_tests_in_the_interpreter():
+@pytest.mark.parametrize("file", ["test_triton.py", "test_awq_triton.py"])
+def test_the_kernels_pass_their_tests_in_the_interpreter(file):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", HERE / "test_triton.py"],
+        [sys.executable, "-m", "pytest", "-q", HERE / file],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -97,6 +99,32 @@ def launches(dtype: torch.dtype, D: int):
 @pytest.mark.parametrize("dtype", POINTERS, ids=str)
 def test_every_launch_compiles_without_spilling_registers(chip, dtype, tmp_path):
     for kernel, pointers, constants in launches(dtype, 128):
+        ptx = compile_for(chip, kernel, pointers, constants)
+        assert spills(chip, ptx, tmp_path) == 0, (kernel, constants)
+
+
+def awq_launches(dtype: torch.dtype):
+    """(kernel, pointers, constants) of every kind of launch of awq.py with this dtype."""
+    p = POINTERS[dtype]
+    pointers = {"x": p, "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*fp32"}
+    packed = {name: pointers[name] for name in ("qweight", "qzeros", "scales")}
+    for group in (32, 64, 128, 4096):
+        block_k = awq._block_k(4096, group)
+        constants = {"GROUP": group, "BLOCK_K": block_k, "BLOCK_N": 64, "x_k": 1}
+        yield awq._gemv_kernel, pointers, constants
+        for rows in (16, 64):
+            yield awq._gemm_kernel, pointers, constants | {"BLOCK_M": rows, "UPCAST": False}
+        sizes = {"GROUP": group, "BLOCK_K": block_k, "BLOCK_N": 128}
+        yield awq._dequantize_kernel, packed | {"out": "*fp16"}, sizes
+    for bias in (False, True):
+        pointers = {"partial": "*fp32", "bias": p, "out": p}
+        yield awq._sum_kernel, pointers, {"BIAS": bias, "BLOCK": 1024}
+
+
+@pytest.mark.parametrize("chip", [80, 86, 90])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_launch_of_awq_compiles_without_spilling_registers(chip, dtype, tmp_path):
+    for kernel, pointers, constants in awq_launches(dtype):
         ptx = compile_for(chip, kernel, pointers, constants)
         assert spills(chip, ptx, tmp_path) == 0, (kernel, constants)
 

@@ -4,6 +4,7 @@ relative."""
 import math
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -207,11 +208,15 @@ def test_the_other_operations_refuse_what_does_not_fit():
 
 
 def test_colsum_of_a_long_sequence_stays_within_its_memory():
-    """At M = N = 4096, H = 8 the matrix would take 512 MB; two chunks are 32 MB."""
-    step = kernels.CHUNK_BYTES // (4 * 8 * 4096)
-    q = torch.randn(1, 8, 4096, 16)
-    sizes = [scores.numel() for _, scores in kernels._score_chunks(q, q, False, None)]
-    assert max(sizes) * 4 <= kernels.CHUNK_BYTES and len(sizes) == math.ceil(4096 / step)
+    """At M = N = 4096, H = 8 the matrix would take 512 MB; a chunk takes 16 MB, and is gone before
+    the next one is made."""
+    q, before, chunks = torch.randn(1, 8, 4096, 16), None, 0
+    for _, scores in kernels._score_chunks(q, q, False, None):
+        assert scores.nbytes <= kernels.CHUNK_BYTES
+        assert before is None or before() is None
+        before, chunks = weakref.ref(scores), chunks + 1
+        del scores
+    assert chunks == 32
 
 
 def test_without_triton_every_operation_takes_the_pytorch_path():

@@ -229,6 +229,15 @@ def test_the_cache_grows_and_is_cut():
             cache.truncate(length)
 
 
+@pytest.mark.parametrize("positions", [[5], [[1, 2, 3]], []])
+def test_read_refuses_positions_that_are_not_one_for_each_row(positions):
+    vlm, _ = random_model(0)
+    cache = KVCache(2)
+    with pytest.raises(ValueError, match=r"positions must be \(3,\), got"):
+        vlm.read(vlm.embed([1, 5, 6]), cache, positions=torch.tensor(positions))
+    assert cache.length == 0
+
+
 def test_a_failed_growth_leaves_the_cache_as_it_was(monkeypatch):
     cache = KVCache(1, capacity=64)
     rows = torch.randn(1, 2, 64, 4)

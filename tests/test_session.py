@@ -116,14 +116,14 @@ def test_a_session_refuses_settings_out_of_range(tiny, options, message):
         SparseVILA(*tiny, **options)
 
 
-def test_a_prune_of_ones_own_must_keep_the_order(tiny, board):
-    class Backwards(SparseVILA):
+@pytest.mark.parametrize("index", [[5, 3], [3, 3], [98, 100], [-1, 3]])
+def test_a_prune_of_ones_own_must_keep_the_order_and_the_range(tiny, board, index):
+    class Odd(SparseVILA):
         def prune(self, features, salience):
-            features, index = super().prune(features, salience)
-            return features.flip(1), index.flip(1)
+            return features[:, :2], torch.tensor([index])
 
-    with pytest.raises(ValueError, match="kept tokens must be ascending"):
-        Backwards(*tiny).see(board)
+    with pytest.raises(ValueError, match="kept tokens must be ascending and below 100"):
+        Odd(*tiny).see(board)
 
 
 def test_a_diverged_model_is_named_not_ranked(tiny, board):
@@ -266,6 +266,27 @@ def test_overlay_dims_pruned_patches_and_outlines_retrieved_ones(tmp_path):
         assert dimmed < 0.7 * whole
 
 
+def test_an_overlay_needs_the_pictures_that_were_seen(tiny, board):
+    session = SparseVILA(*tiny)
+    with pytest.raises(ValueError, match="answers must hold at least one"):
+        sparsevila.overlay(session, [board], [])
+    with pytest.raises(ValueError, match="must be the 0 that were seen, got 1"):
+        sparsevila.overlay(session, [board], [("what?", None)])
+    session.see(board)
+    answer = session.ask("what\ncolor is the 7?")
+    assert answer == answer and answer in [answer]
+    assert sparsevila.overlay(session, [board], [("what\ncolor?", answer)]).size == (328, 376)
+    for images in ([], [board, board]):
+        with pytest.raises(ValueError, match=f"must be the 1 that were seen, got {len(images)}"):
+            sparsevila.overlay(session, images, [("what?", answer)])
+
+
+def test_an_overlay_too_large_for_its_format_is_one_error():
+    for name in ("a.gif", "a.jpg", "a.sgi"):
+        with pytest.raises(ValueError, match=f"{name}: a 70000 x 9 picture cannot be written so"):
+            sparsevila.encode_picture(Image.new("RGB", (70000, 9)), name)
+
+
 def test_chat_streams_answers_and_survives_bad_questions():
     result = run("--chat", stdin="what color is the 7?\n\nwhere is the 4?\n")
     assert result.returncode == 0 and result.stderr == ""
@@ -292,12 +313,13 @@ def test_chat_streams_answers_and_survives_bad_questions():
         (["--chat", "--json"], "--json and --overlay need --ask"),
         (["--image", "a.png", "--video", "b"], "not allowed with argument"),
         (["--overlay", "/no/such/folder/x.png"], "no folder to write /no/such/folder/x.png to"),
-        (["--overlay", "x.unknown"], "x.unknown: not a picture format that can be written"),
-        (["--overlay", ""], "not a picture format that can be written"),
+        (["--overlay", "x.unknown"], "x.unknown: a 1 x 1 picture cannot be written so: KeyError"),
+        (["--overlay", ""], "a path must not be empty"),
+        (["--image", ""], "a path must not be empty"),
         (["--dense", "--sparse"], "not allowed with argument"),
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--device", ""], "device '' cannot be used"),
-        (["--video", ""], "is not a picture"),
+        (["--video", ""], "a path must not be empty"),
         # Each of these is noticed before the model is loaded:
         (["--ask", "what?", "--ask", " ", "--model", "nowhere"], "question must be a text"),
         (["--top-p", "0", "--model", "nowhere"], "top_p must be in (0, 1], got 0.0"),

@@ -12,6 +12,7 @@ import argparse
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import awq  # noqa: E402
 from model import load  # noqa: E402
 from sparsevila import Dense, RetrievalCache, SparseVILA  # noqa: E402
 from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
@@ -98,6 +100,74 @@ def measure(name: str, model_path: str, questions: int) -> dict[str, float]:
     return {column: 100 * sum(values) / len(values) for column, values in right.items()}
 
 
+# name: (arguments of awq.quantize or None, whether the tower is quantised too)
+VARIANTS = {
+    "full precision": (None, False),
+    "round to nearest": ({"grid": 1, "clip": False}, False),
+    "AWQ without clip": ({"clip": False}, False),
+    "AWQ": ({}, False),
+    "AWQ, W8A8 tower": ({}, True),
+}
+
+
+def make_variants(source: Path, folder: Path, group_size: int = 32) -> dict[str, Path]:
+    """Quantise a checkpoint in different ways, calibrated on the same unseen scenes."""
+    made = {}
+    for number, (name, (options, tower)) in enumerate(VARIANTS.items()):
+        if options is None:
+            made[name] = source
+            continue
+        model, processor = load(source, device="cpu")
+        pictures, prompts, _ = awq.calibration_set(None, None, 32)
+        pixels, batches = awq.calibration(model, processor, pictures, prompts, 32)
+        awq.quantize(model, batches, group_size=group_size, **options)
+        if tower:
+            awq.quantize_tower(model.vision_tower, pixels)
+        made[name] = folder / str(number)
+        awq.save(model, source, made[name], group_size)
+    return made
+
+
+def divergence(reference: Path, other: Path, scenes: int = 200) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of the next word's distribution over the rows of
+    right answers: sum_w p(w) ln(p(w) / q(w)), p of the reference, q of the other checkpoint."""
+    (p_model, processor), (q_model, _) = load(reference, device="cpu"), load(other, device="cpu")
+    total, rows = 0.0, 0
+    for number in range(scenes):
+        rng = random.Random(f"diverge {number}")
+        scene = make_scene(rng, 1)
+        question, answer = question_and_answer(LOOKUPS[number % 3], scene, rng)
+        pixels = processor.pixels(to_images(render(scene, rng)))
+        asked = processor.question(question, first=True)
+        answer = processor.tokenizer.encode(answer, add_special_tokens=False).ids
+        log_p, log_q = (
+            model(model.embed(processor.context([100]) + asked + answer, visual))[
+                0, -len(answer) - 1 :
+            ].log_softmax(-1)
+            for model in (p_model, q_model)
+            for visual in [model.project(model.encode(pixels)[0])[0]]
+        )
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        rows += len(log_p)
+    return total / rows
+
+
+def evaluate_quantised(source: Path, questions: int) -> None:
+    """Print the table of quantised variants, dense and sparse."""
+    sessions = ("dense", "SparseVILA")
+    heads = [f"{session}: {kind}" for session in sessions for kind in LOOKUPS]
+    print("| weights (group 32) | bytes on disk | mean KL, nats | " + " | ".join(heads) + " |")
+    print("|---" * (len(heads) + 3) + "|")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
+        for name, path in make_variants(source, Path(folder)).items():
+            size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+            jobs = [(session, str(path), questions) for session in sessions]
+            results = list(pool.map(measure, *zip(*jobs)))
+            cells = [f"{result[kind]:.1f}" for result in results for kind in LOOKUPS]
+            cells = [name, f"{size:,}", f"{divergence(source, path):.2e}", *cells]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
 COLUMNS = (*LOOKUPS, "first word", "later words", "first turn", "later turns", "count", "frame")
 
 
@@ -106,7 +176,10 @@ def main() -> None:
     parser.add_argument("--model", default=str(HERE))
     parser.add_argument("--questions", type=int, default=500, help="of each kind")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--quantised", action="store_true", help="compare quantised variants")
     arguments = parser.parse_args()
+    if arguments.quantised:
+        return evaluate_quantised(Path(arguments.model), arguments.questions)
     began = time.monotonic()
     print("| method | prefill / decode sparsity | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")

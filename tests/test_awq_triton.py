@@ -1,0 +1,91 @@
+"""The Triton kernels of awq.py against float64: compiled where there is a GPU; else
+`test_interpreter.py` runs this file under the interpreter of Triton, in a process of its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_awq import packed
+
+import awq
+
+ON = "cpu" if awq.INTERPRETED else "cuda"
+RUNS = awq.INTERPRETED or (awq.triton and torch.cuda.is_available())
+pytestmark = pytest.mark.skipif(not RUNS, reason="no GPU; see test_interpreter.py")
+few = settings(max_examples=30 if awq.INTERPRETED else 200)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+shapes = st.fixed_dictionaries(
+    {
+        "K_g": st.sampled_from(
+            [(32, 32), (96, 32), (256, 64), (256, 128), (72, 72), (192, 192), (48, 16)]
+        ),
+        "N": st.sampled_from([8, 16, 40, 64, 72, 136]),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def only_triton(monkeypatch):
+    """The kernels must do the work: the PyTorch paths are not to be reached."""
+    for name in ("dequantize_reference", "w4a16_matmul_reference", "_cpu_int4_matmul"):
+        monkeypatch.setattr(awq, name, None)
+
+
+def draw(K_g, N, seed):
+    *tensors, exact = packed(K_g[0], N, K_g[1], seed)
+    return [tensor.to(ON) for tensor in tensors], exact.to(ON)
+
+
+@few
+@given(shapes)
+def test_dequantising_has_the_bits_of_the_definition(shape):
+    tensors, exact = draw(**shape)
+    assert torch.equal(awq.dequantize(*tensors), exact.half())
+
+
+@few
+@given(
+    shapes,
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 2, 15, 16, 17, 33, 65, 140]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_matmul_matches_float64(shape, dtype, M, with_bias, strided):
+    tensors, exact = draw(**shape)
+    K, N = exact.shape
+    torch.manual_seed(shape["seed"])
+    x = torch.randn(M, K, 2).to(dtype).to(ON)
+    x = x[..., 0] if strided else x[..., 0].contiguous()
+    bias = torch.randn(N).to(dtype).to(ON) if with_bias else None
+    added = bias.double() if with_bias else 0
+    expected = x.double() @ exact + added
+    size = x.double().abs() @ exact.abs() + abs(added)  # what rounding is relative to
+    y = awq.w4a16_matmul(x, *tensors, bias)
+    close = {torch.float32: 2**-11, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    assert y.dtype == dtype and y.shape == (M, N)
+    assert bool(((y.double() - expected).abs() <= close * size).all())
+
+
+@few
+@given(shapes, st.sampled_from([1, 5, 20]), st.integers(1, 9))
+def test_splits_change_nothing_but_rounding_and_bits_are_the_same_twice(shape, M, splits):
+    tensors, exact = draw(**shape)
+    x = torch.randn(M, len(exact), generator=torch.Generator().manual_seed(0)).half().to(ON)
+    one = awq._w4a16_matmul_triton(x, *tensors, None, splits=1)
+    many, again = (awq._w4a16_matmul_triton(x, *tensors, None, splits=splits) for _ in range(2))
+    assert torch.equal(many, again)
+    size = x.double().abs() @ exact.abs()
+    assert bool(((one - many).double().abs() <= 2**-10 * size).all())
+
+
+def test_one_wrong_nibble_shows():
+    """The tolerance is tight enough to see a single code that is off by one."""
+    tensors, exact = draw((64, 64), 16, 0)
+    x = torch.ones(1, 64, device=ON).half()
+    before = awq.w4a16_matmul(x, *tensors)
+    tensors[0][5, 1] ^= 1 << 16  # column 9, row 5
+    changed = (awq.w4a16_matmul(x, *tensors) - before)[0]
+    assert changed.nonzero().flatten().tolist() == [9]
