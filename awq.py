@@ -44,8 +44,9 @@ try:
 except ImportError:  # macOS, Windows: every operation takes the PyTorch path
     triton, jit, INTERPRETED = None, lambda kernel: kernel, False
 
-SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # where column c of eight lies in its 32-bit word
-DEQUANTIZE_ROWS = 128  # on a GPU, with more rows: dequantise once, then the library's matmul
+# On a GPU, with more rows: dequantise once, then the library's matmul. The smallest of the public
+# thresholds (128 to 1024); not measured yet.
+DEQUANTIZE_ROWS = 128
 CPU_INT4_ROWS = 64  # on a CPU, with at most so many bfloat16 rows: PyTorch's own int4 kernel
 
 # --- numbers and file format ----------------------------------------------------------------------
@@ -96,7 +97,7 @@ def rounded(weight: Tensor, group_size: int = 128) -> Tensor:
 
 def pack(codes: Tensor) -> Tensor:
     """Codes (rows, N) in [0, 15] to int32 words (rows, N / 8); column c of eight goes to bit
-    SHIFTS[c].
+    0, 16, 4, 20, 8, 24, 12 or 28.
 
     Codes 0 .. 7 give 0x75316420. Raises: ValueError for other codes and if 8 does not divide N.
     Source: AutoAWQ's "gemm" format.
@@ -120,7 +121,9 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def _shifts(like: Tensor) -> Tensor:
-    return torch.tensor(SHIFTS, dtype=torch.int32, device=like.device)
+    """Where column c of eight lies in its 32-bit word: bits 0, 16, 4, 20, 8, 24, 12, 28."""
+    column = torch.arange(8, dtype=torch.int32, device=like.device)
+    return column % 2 * 16 + column // 2 * 4
 
 
 def dequantize_reference(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
@@ -160,21 +163,23 @@ def w4a16_matmul_reference(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-_CPU_PACKED = WeakTensorKeyDictionary()  # qweight -> (its version, PyTorch's own packing)
+_CPU_PACKED = WeakTensorKeyDictionary()  # qweight -> (what it was packed from, the packing)
 
 
 def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """x (M, K) bfloat16 times the weights by PyTorch's int4 kernel, which keeps a packing of its
-    own (once more the memory of the codes) and writes w = (code - 8) * scale + offset."""
-    version, packed = _CPU_PACKED.get(qweight, (None, None))
-    if version != qweight._version:
+    """x (M, K) bfloat16 times the weights by PyTorch's int4 kernel. It wants a packing of its own
+    (once more the memory of the codes) of w = (code - 8) * scale + offset, with scale and offset in
+    bfloat16; the packing is kept until one of the tensors is changed or replaced."""
+    source = [(id(t), t.data_ptr(), t._version) for t in (qweight, qzeros, scales)]
+    packed_from, packed, *_ = _CPU_PACKED.get(qweight, (None, None))
+    if packed_from != source:
         codes = unpack(qweight).T.int().contiguous()
         offsets = (8 - unpack(qzeros).float()) * scales.float()
         packed = (
             torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2),
             torch.stack([scales.float(), offsets], -1).bfloat16(),  # (K / g, N, 2)
         )
-        _CPU_PACKED[qweight] = qweight._version, packed
+        _CPU_PACKED[qweight] = source, packed, qzeros, scales  # held, so that no id is used again
     group = qweight.shape[0] // scales.shape[0]
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
 
@@ -190,7 +195,7 @@ def _unpack_tile(words, COLUMNS: tl.constexpr):
     words = tl.interleave(words, words)
     words = tl.interleave(words, words)
     column = tl.arange(0, COLUMNS) % 8
-    return (words >> (column % 2 * 16 + column // 2 * 4)) & 0xF  # SHIFTS[column]
+    return (words >> (column % 2 * 16 + column // 2 * 4)) & 0xF  # as in `_shifts`
 
 
 @jit
@@ -201,13 +206,14 @@ def _weight_tile(
     """W[k0 : k0 + BLOCK_K, n0 : n0 + BLOCK_N] in float16. A tile lies within one group, so it needs
     one row of scales and zeros."""
     k, n = k0 + tl.arange(0, BLOCK_K), n0 + tl.arange(0, BLOCK_N)
-    word, words, group = n0 // 8 + tl.arange(0, BLOCK_N // 8), N // 8, k0 // GROUP
+    word = n0 // 8 + tl.arange(0, BLOCK_N // 8)  # the words that hold these columns
+    row_size, group = N // 8, k0 // GROUP
     codes = tl.load(
-        qweight + (k.to(tl.int64) * words)[:, None] + word,
-        mask=(k < K)[:, None] & (word < words),
+        qweight + (k.to(tl.int64) * row_size)[:, None] + word,
+        mask=(k < K)[:, None] & (word < row_size),
         other=0,
     )
-    zeros = tl.load(qzeros + group * words + word, mask=word < words, other=0)
+    zeros = tl.load(qzeros + group * row_size + word, mask=word < row_size, other=0)
     scale = tl.load(scales + group * N + n, mask=n < N, other=0.0)
     codes = _unpack_tile(codes, BLOCK_N) - _unpack_tile(zeros[None, :], BLOCK_N)
     return codes.to(tl.float16) * scale
@@ -228,10 +234,10 @@ def _dequantize_kernel(
 
 @jit
 def _gemv_kernel(
-    x, qweight, qzeros, scales, partial, x_k, N, K, chunk,
+    x, qweight, qzeros, scales, sums, x_k, N, K, chunk,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, n] = sum over the k of chunk s of x[k] W[k, n]."""
+    """sums[s, n] = sum over the k of chunk s of x[k] W[k, n]."""
     # 1. Which columns, and which part of the inputs.
     n0, start = tl.program_id(0) * BLOCK_N, tl.program_id(1) * chunk
     n = n0 + tl.arange(0, BLOCK_N)
@@ -240,22 +246,22 @@ def _gemv_kernel(
     total = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for k0 in range(start, tl.minimum(start + chunk, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        value = tl.load(x + k * x_k, mask=k < K, other=0.0)
+        value = tl.load(x + k.to(tl.int64) * x_k, mask=k < K, other=0.0)
         tile = _weight_tile(qweight, qzeros, scales, k0, n0, K, N, GROUP, BLOCK_K, BLOCK_N)
         tile = tile.to(value.dtype).to(tl.float32)
         total += value.to(tl.float32)[:, None] * tile
 
     # 3. Store.
-    tl.store(partial + tl.program_id(1) * N + n, tl.sum(total, 0), mask=n < N)
+    tl.store(sums + tl.program_id(1) * N + n, tl.sum(total, 0), mask=n < N)
 
 
 @jit
 def _gemm_kernel(
-    x, qweight, qzeros, scales, partial, x_m, x_k, M, N, K, chunk,
+    x, qweight, qzeros, scales, sums, x_m, x_k, M, N, K, chunk,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, m, n] = sum over the k of chunk s of x[m, k] W[k, n]."""
+    """sums[s, m, n] = sum over the k of chunk s of x[m, k] W[k, n]."""
     # 1. Which rows and columns, and which part of the inputs.
     m0, n0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     start = tl.program_id(2) * chunk
@@ -266,7 +272,7 @@ def _gemm_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(start, tl.minimum(start + chunk, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(rows + k * x_k, mask=(m < M)[:, None] & (k < K), other=0.0)
+        x_tile = tl.load(rows + k.to(tl.int64) * x_k, mask=(m < M)[:, None] & (k < K), other=0.0)
         tile = _weight_tile(qweight, qzeros, scales, k0, n0, K, N, GROUP, BLOCK_K, BLOCK_N)
         tile = tile.to(x_tile.dtype)
         if UPCAST:  # Triton's interpreter multiplies bfloat16 wrongly, without an error
@@ -274,15 +280,15 @@ def _gemm_kernel(
         total += tl.dot(x_tile, tile)
 
     # 3. Store.
-    out = partial + ((tl.program_id(2) * M + m).to(tl.int64) * N)[:, None] + n
+    out = sums + ((tl.program_id(2) * M + m).to(tl.int64) * N)[:, None] + n
     tl.store(out, total, mask=(m < M)[:, None] & (n < N))
 
 
 @jit
-def _sum_kernel(partial, bias, out, size, N, S, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[m, n] = sum_s partial[s, m, n] + bias[n], added in the order of s."""
+def _sum_kernel(sums, bias, out, size, N, S, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[m, n] = sum_s sums[s, m, n] + bias[n], added in the order of s."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total, part = tl.zeros((BLOCK,), tl.float32), partial + i
+    total, part = tl.zeros((BLOCK,), tl.float32), sums + i
     for _ in range(S):
         total += tl.load(part, mask=i < size, other=0.0)
         part += size
@@ -307,22 +313,22 @@ def _w4a16_matmul_triton(
     splits = splits or max(1, min(16, _programs(x.device) // programs))
     chunk = triton.cdiv(triton.cdiv(K, splits), block_k) * block_k
     splits = triton.cdiv(K, chunk)
-    partial = x.new_empty(splits, M, N, dtype=torch.float32)
+    sums = x.new_empty(splits, M, N, dtype=torch.float32)
     out = x.new_empty(M, N)
-    packed = qweight, qzeros, scales
+    packed = qweight.contiguous(), qzeros.contiguous(), scales.contiguous()
     blocks = {"GROUP": group, "BLOCK_N": block_n, "BLOCK_K": block_k}
     with torch.cuda.device_of(x):
         if M == 1:
             grid = triton.cdiv(N, block_n), splits
-            _gemv_kernel[grid](x, *packed, partial, x.stride(1), N, K, chunk, **blocks)
+            _gemv_kernel[grid](x, *packed, sums, x.stride(1), N, K, chunk, **blocks)
         else:
             grid = triton.cdiv(M, block_m), triton.cdiv(N, block_n), splits
             _gemm_kernel[grid](
-                x, *packed, partial, *x.stride(), M, N, K, chunk, **blocks,
+                x, *packed, sums, *x.stride(), M, N, K, chunk, **blocks,
                 BLOCK_M=block_m, UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             )  # fmt: skip
         _sum_kernel[(triton.cdiv(M * N, 1024),)](
-            partial, out if bias is None else bias, out, M * N, N, splits,
+            sums, out if bias is None else bias.contiguous(), out, M * N, N, splits,
             BIAS=bias is not None, BLOCK=1024,
         )  # fmt: skip
     return out
@@ -334,8 +340,9 @@ def _dequantize_triton(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tenso
     block_k, out = _block_k(K, group), torch.empty(K, N, dtype=scales.dtype, device=scales.device)
     with torch.cuda.device_of(scales):
         _dequantize_kernel[(triton.cdiv(K, block_k), triton.cdiv(N, 128))](
-            qweight, qzeros, scales, out, K, N, GROUP=group, BLOCK_K=block_k, BLOCK_N=128
-        )
+            qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), out, K, N,
+            GROUP=group, BLOCK_K=block_k, BLOCK_N=128,
+        )  # fmt: skip
     return out
 
 
@@ -352,17 +359,19 @@ def w4a16_matmul(
         qweight, qzeros, scales: as for `dequantize`, on x's device.
         bias: (N,) of x's dtype, or None.
 
-    Returns: (..., N) of x's dtype, added up in float32.
+    Returns: (..., N) of x's dtype, added up in float32 by our kernels. No gradients flow through
+    them.
     Raises: ValueError for dtypes, shapes or devices that do not fit.
     Cost: M rows need 2 M K N FLOPs; the weights are K N / 2 bytes and 2.5 K N / g more for scales
     and zeros, a quarter of float16. So few rows are bound by memory and up to four times as fast:
-    expected on an H200 (4.8 TB/s), K = 3584, N = 18944, g = 128: 7.4 us for one row, 28 us in
+    the bound on an H200 (4.8 TB/s), K = 3584, N = 18944, g = 128, is 7.4 us for one row, 28 us in
     float16. Not measured yet.
 
     On a GPU one row takes a GEMV kernel, up to DEQUANTIZE_ROWS rows a GEMM kernel, both split over
     K where there are few columns; more rows, or float32, are dequantised once for the library's
     matmul.
-    On a CPU few bfloat16 rows take PyTorch's int4 kernel, everything else is dequantised.
+    On a CPU few bfloat16 rows take PyTorch's int4 kernel, which rounds the scales to bfloat16 and
+    not the weights; everything else is dequantised.
     """
     K, N, g = _check_packed(qweight, qzeros, scales)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1:] != (K,):
@@ -374,13 +383,14 @@ def w4a16_matmul(
         raise ValueError(
             f"bias must be {x.dtype} ({N},), got {bias.dtype} of shape {tuple(bias.shape)}"
         )
-    if any(t.device != x.device for t in (qweight, *([bias] if bias is not None else []))):
-        raise ValueError(f"all tensors must be on x's device {x.device}, got {qweight.device}")
+    for tensor in (qweight, qzeros, scales, x if bias is None else bias):
+        if tensor.device != x.device:
+            raise ValueError(f"tensors must be on x's device {x.device}, got {tensor.device}")
     rows = x.reshape(-1, K)
     few = 0 < len(rows) <= DEQUANTIZE_ROWS
     if _on_triton(x) and few and x.dtype != torch.float32 and _block_k(K, g):
         y = _w4a16_matmul_triton(rows, qweight, qzeros, scales, bias)
-    elif _fits_cpu_int4(rows, N, g):
+    elif _fits_cpu_int4(rows, N, g) and not qweight.is_inference():  # those have no version
         y = _cpu_int4_matmul(rows, qweight, qzeros, scales)
         y = y if bias is None else y + bias
     else:
@@ -442,7 +452,7 @@ def _check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[int,
         (K, words), (groups, N) = qweight.shape, scales.shape
         if words * 8 == N and qzeros.shape == (groups, words) and groups and K % groups == 0:
             return K, N, K // groups
-        if K == groups and words * 8 != N:  # one row of scales for every row of codes
+        if K == groups and words * 8 != N:  # gemv packs along K: rows of codes are outputs
             raise ValueError(f"the gemv (llm-awq) layout is not supported, accepted: gemm; {found}")
     raise ValueError(
         f"qweight must be (K, N / 8), qzeros (K / g, N / 8) and scales (K / g, N), got {found}"
@@ -452,7 +462,26 @@ def _check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[int,
 # --- layers ---------------------------------------------------------------------------------------
 
 
-class W4A16Linear(nn.Module):
+class _Packed(nn.Module):
+    """A layer whose buffers keep their dtypes: they move to another device as in any module, but a
+    cast to another dtype leaves them alone."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Packed:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            if now.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
+
+    def _set_bias(self, bias: Tensor | None) -> None:
+        """A copy of its own, so that casting one layer does not cast another."""
+        bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+
+class W4A16Linear(_Packed):
     """A Linear with packed four-bit weights. x (..., K) -> (..., N).
 
     Buffers: qweight, qzeros and scales as for `dequantize`. Whatever dtype the module is cast to,
@@ -467,8 +496,7 @@ class W4A16Linear(nn.Module):
         self.register_buffer("qweight", torch.zeros(K, N // 8, dtype=torch.int32, **new))
         self.register_buffer("qzeros", torch.zeros(groups, N // 8, dtype=torch.int32, **new))
         self.register_buffer("scales", torch.zeros(groups, N, dtype=torch.float16, **new))
-        bias = nn.Parameter(torch.zeros(N, **new), requires_grad=False) if bias else None
-        self.register_parameter("bias", bias)
+        self._set_bias(torch.zeros(N, **new) if bias else None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 128) -> W4A16Linear:
@@ -478,25 +506,18 @@ class W4A16Linear(nn.Module):
         codes, scales, zeros = quantize_groups(linear.weight, group_size)
         layer.qweight, layer.qzeros = pack(codes.T), pack(zeros.T)
         layer.scales = scales.T.contiguous()
-        layer.bias = linear.bias
+        layer._set_bias(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return w4a16_matmul(x, self.qweight, self.qzeros, self.scales, self.bias)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> W4A16Linear:
-        """Move to a device as any module; but a cast would change the scales."""
-        scales = self.scales
-        super()._apply(fn, recurse)
-        self.scales = scales.to(self.qweight.device)
-        return self
 
     def extra_repr(self) -> str:
         K, (groups, N) = len(self.qweight), self.scales.shape
         return f"{K}, {N}, group_size={K // groups}, bias={self.bias is not None}"
 
 
-class W8A8Linear(nn.Module):
+class W8A8Linear(_Packed):
     """A Linear with eight-bit weights and eight-bit arithmetic. x (..., K) -> (..., N).
 
         x_scale[m] = max_k |x[m, k]| / 127,    weight_scale[n] = max_k |W[n, k]| / 127
@@ -512,8 +533,7 @@ class W8A8Linear(nn.Module):
             raise ValueError(f"inputs and outputs must be multiples of 8, got {K} and {N}")
         self.register_buffer("weight", torch.zeros(N, K, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(N, device=device))
-        bias = nn.Parameter(torch.zeros(N, device=device), requires_grad=False) if bias else None
-        self.register_parameter("bias", bias)
+        self._set_bias(torch.zeros(N, device=device) if bias else None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> W8A8Linear:
@@ -523,24 +543,18 @@ class W8A8Linear(nn.Module):
             raise ValueError("weights must be finite, got NaN or infinity")
         layer = cls(K, N, linear.bias is not None, linear.weight.device)
         layer.weight, layer.weight_scale = _to_int8(linear.weight.detach())
-        layer.bias = linear.bias
+        layer._set_bias(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         codes, scale = _to_int8(rows)
-        missing = 32 - len(rows) if len(rows) < 32 else 0  # on a GPU `_int_mm` wants 17 at least
-        total = torch._int_mm(nn.functional.pad(codes, (0, 0, 0, missing)), self.weight.T)
+        missing = max(0, 32 - len(rows))  # on a GPU `_int_mm` wants 17 rows at least
+        codes = nn.functional.pad(codes.contiguous(), (0, 0, 0, missing))
+        total = torch._int_mm(codes, self.weight.T)
         y = total[: len(rows)] * (scale[:, None] * self.weight_scale)
         y = y if self.bias is None else y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> W8A8Linear:
-        """Move to a device as any module; but a cast would change the scales."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        self.weight_scale = scale.to(self.weight.device)
-        return self
+        return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
     def extra_repr(self) -> str:
         N, K = self.weight.shape
@@ -591,8 +605,8 @@ def search_scale(
     mean = sum(args[0].flatten(0, -2).abs().double().sum(0) for args in inputs) / rows
     if not mean.isfinite().all():
         raise ValueError("calibration activations must be finite, got NaN or infinity")
-    shared = mean.view(-1, *heads).mean(1, keepdim=True)
-    mean = shared.expand(-1, *heads).flatten().float()
+    shared = mean.view(-1, *heads).mean(1, keepdim=True)  # (key heads, 1, head size)
+    mean = shared.expand(-1, *heads).flatten().float()  # (K,)
     wanted = [module(*args) for args in inputs]
     weights = [linear.weight.data for linear in linears]
     best, best_loss = None, math.inf
@@ -622,8 +636,8 @@ def search_clip(weight: Tensor, inputs: list[Tensor], *, group_size: int = 128) 
     """The limit on |w| in every group that rounding hurts least, (N, K / g) in weight's dtype.
 
     Tried are 1.00, 0.95, ..., 0.55 times the largest |w|; the loss is the group's own part of the
-    output error, sum over rows of (x . (w - rounded(clamped w)))^2 = d G d with G = x^T x, so that
-    the rows are needed for G only. A strictly smaller loss wins.
+    output error, sum over rows of (x . d)^2 = d gram d with d = w - rounded(clamped w) and gram =
+    x^T x, so that the rows are needed for gram only. A strictly smaller loss wins.
 
     weight (N, K); inputs: parts of x, (..., K) each. Raises: ValueError for NaN in the inputs.
     Source: AWQ's public code, which uses some 512 rows; all rows cost no more this way.
@@ -642,7 +656,7 @@ def search_clip(weight: Tensor, inputs: list[Tensor], *, group_size: int = 128) 
         limit = largest * (1 - step / 20)
         clamped = w.clamp(-limit[..., None], limit[..., None])
         d = (w - rounded(clamped.flatten(1), g).view_as(w)).transpose(0, 1)  # (K / g, N, g)
-        loss = ((d @ gram) * d).sum(-1).T
+        loss = ((d @ gram) * d).sum(-1).T  # (N, K / g)
         better = loss < best_loss
         best = torch.where(better, limit, best)
         best_loss = torch.where(better, loss, best_loss)
@@ -653,8 +667,12 @@ def search_clip(weight: Tensor, inputs: list[Tensor], *, group_size: int = 128) 
 def fold(
     producer: nn.Module, consumers: list[nn.Linear], s: Tensor, heads: tuple[int, int] = (1, 1)
 ) -> None:
-    """Divide the outputs of a norm or Linear by s (K,) and multiply the inputs of what reads them;
-    together they compute what they did. `heads` as in `search_scale`."""
+    """Divide the outputs of a norm or Linear by s and multiply what reads them, (N, K) each, by s
+    (K,); together they compute what they did. `heads` as in `search_scale`: of s, (key heads, query
+    heads per key head, head size), the producer's outputs get the first of each key head. Raises:
+    ValueError for a norm without weights."""
+    if producer.weight is None:
+        raise ValueError(f"a norm must have weights to be divided, got {producer}")
     own = s.view(-1, *heads)[:, 0].flatten()  # one factor for each output of the producer
     for parameter in (producer.weight, getattr(producer, "bias", None)):
         if parameter is not None:
@@ -701,6 +719,7 @@ def quantize(
         watched = [attention, attention.o_proj, mlp, mlp.down_proj]
         inputs, outputs = _record(block, watched, calls)
         _quantize_block(block, inputs, group_size, grid, clip)
+        # The next block's arguments: its own input and number, everything else stays.
         calls = [(x, number + 1, *rest) for x, (_, _, *rest) in zip(outputs, calls)]
         if on_block:
             on_block(number + 1, len(blocks))
@@ -709,6 +728,8 @@ def quantize(
 def check_sizes(model: nn.Module, group_size: int) -> None:
     """Raise ValueError if a Linear of the decoder's blocks cannot be quantised in such groups."""
     for name, linear in model.decoder.layers.named_modules():
+        if isinstance(linear, W4A16Linear):
+            raise ValueError(f"the model is quantised already, got {name} {linear}")
         if isinstance(linear, nn.Linear):
             _group_size(group_size, linear.in_features)
             if linear.out_features % 8:
@@ -718,6 +739,7 @@ def check_sizes(model: nn.Module, group_size: int) -> None:
 def _quantize_block(
     block: nn.Module, inputs: dict[nn.Module, Inputs], group_size: int, grid: int, clip: bool
 ) -> None:
+    """AWQ on one block, given what its parts read: search, fold, clip, round."""
     attention, mlp = block.self_attn, block.mlp
     q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
@@ -737,6 +759,7 @@ def _quantize_block(
     for (producer, linears, _, shared), s in zip(folds, found):
         fold(producer, linears, s, shared)
     for (_, linears, module, _), s in zip(folds, found):
+        # The inputs were recorded before the folds, which divide them by s.
         x = [args[0] / s.to(args[0].dtype) for args in inputs[module]]
         for linear in linears:
             if clip and linear not in (q, k):
@@ -750,7 +773,7 @@ def _quantize_block(
 
 
 class _Stop(Exception):
-    pass
+    """Ends a forward pass when its arguments have been seen."""
 
 
 def _first_calls(model: nn.Module, block: nn.Module, batches: Iterable[Tensor]) -> Inputs:
@@ -887,11 +910,12 @@ def group_size_of(settings: dict) -> int:
 def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
     """Write a quantised model as a checkpoint folder like its source's: same file names, same
     tensor names, with qweight, qzeros and scales (AWQ) or weight and weight_scale (W8A8) in place
-    of a quantised weight. The folder appears when it is complete, or not at all.
+    of a quantised weight. The folder appears when it is complete, or not at all. An eight-bit tower
+    is marked `vision_w8a8` in the settings: only `model.load` reads it.
 
-    Raises: ValueError if the target exists.
+    Raises: ValueError if the target exists; OSError if it cannot be written.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     from model import our_name, weight_files
@@ -905,15 +929,13 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
         parent, _, leaf = ours.rpartition(".")
         module = model.get_submodule(parent)
         if leaf == "weight" and isinstance(module, (W4A16Linear, W8A8Linear)):
-            for leaf, tensor in module.named_buffers():
-                yield name.removesuffix("weight") + leaf, tensor
+            for buffer, tensor in module.named_buffers():
+                yield name.removesuffix("weight") + buffer, tensor
         else:
             yield name, getattr(module, leaf).data
 
-    if target.exists():
-        raise ValueError(f"{target} exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    check_target(target)
+    folder = Path(tempfile.mkdtemp(prefix=".awq.", dir=target.parent))
     try:
         folder.chmod(0o755)
         weight_map, total = {}, 0
@@ -924,15 +946,19 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
                     for name in content.keys()
                     for new, tensor in tensors(name, content.get_tensor)
                 }
-            save_file(written, folder / file.name, metadata={"format": "pt"})
+            try:
+                save_file(written, folder / file.name, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"{folder / file.name} cannot be written: {error}") from None
             shutil.copymode(file, folder / file.name)
             weight_map |= dict.fromkeys(written, file.name)
             total += sum(tensor.nbytes for tensor in written.values())
-        if len(set(weight_map.values())) > 1:
+        if set(weight_map.values()) != {"model.safetensors"}:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in file.name:
+            kept = file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file()
+            if kept and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {
@@ -942,11 +968,21 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+            "vision_w8a8": any(isinstance(module, W8A8Linear) for module in model.modules()),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raise ValueError or OSError for a folder that cannot be made."""
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists already")
+    if not target.parent.is_dir():
+        raise ValueError(f"no folder to make {target} in")
+    Path(tempfile.mkdtemp(prefix=".awq.", dir=target.parent)).rmdir()
 
 
 def calibration(
@@ -999,7 +1035,7 @@ def calibration_set(
         rng = random.Random(f"calibrate {number}")
         scene = make_scene(rng, 1)
         pictures += to_images(render(scene, rng))
-        kind = [kind for kind in KINDS if kind != "frame"][number % 4]
+        kind = KINDS[number % 4]  # all but the last, which asks about clips
         questions.append(question_and_answer(kind, scene, rng)[0])
     what = (
         f"{samples} pictures of tiny/scenes.py. They suit the tiny model. Other checkpoints see "
@@ -1043,13 +1079,14 @@ def _time(calls: list[Callable], gpu: bool) -> float:
 
 def benchmark() -> None:
     """Time `w4a16_matmul` beside the library's half-precision matmul, and the bound: the bytes of
-    the packed weights over the measured copy bandwidth. Weights change from call to call, so that
-    no cache holds them. The last line of the output is one JSON object."""
+    the packed weights, x and y over the measured copy bandwidth. Weights change from call to call,
+    so that no cache holds them. The last line of the output is one JSON object."""
     gpu = torch.cuda.is_available()
     new = {"device": "cuda" if gpu else "cpu", "dtype": torch.float16 if gpu else torch.bfloat16}
     big = torch.empty(2**29 if gpu else 2**26, **new)
-    bandwidth = 2 * big.nbytes / _time([big.clone] * 3, gpu)  # bytes per millisecond
-    del big
+    copies = [partial(big.clone().copy_, big)] * 3
+    bandwidth = 2 * big.nbytes / _time(copies, gpu)  # bytes per millisecond
+    del big, copies
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, {new['dtype']}, torch {torch.__version__}, copy {bandwidth / 1e6:.0f} GB/s")
     print(f"{'times in ms':44}{'ours':>9}{'library':>9}{'speedup':>9}{'bound':>9}{'reached':>9}")
@@ -1114,15 +1151,12 @@ def run(arguments: argparse.Namespace) -> None:
     from model import fetch, load
 
     target = Path(arguments.target)
-    if target.exists():
-        raise ValueError(f"{target} exists already")
+    check_target(target)
     pictures, prompts, what = calibration_set(
         arguments.images, arguments.prompts, arguments.samples
     )
     source = fetch(arguments.source)
     model, processor = load(source, device=arguments.device)
-    if any(isinstance(module, (W4A16Linear, W8A8Linear)) for module in model.modules()):
-        raise ValueError(f"{source} is quantised already")
     check_sizes(model, arguments.group_size)
     print(f"calibrating on {what}.")
     before = model.weight_bytes

@@ -1010,6 +1010,8 @@ def _make_quantised(model: VLM, names: list[str]) -> None:
         path, _, leaf = name.rpartition(".")
         if path not in linears or leaf not in ("qweight", "weight_scale"):
             continue
+        if path == "lm_head":
+            raise ValueError(f"{name}: a quantised output head is not supported")
         linear = linears[path]
         N, K = linear.weight.shape
         bias = linear.bias is not None

@@ -34,7 +34,10 @@ def only_triton(monkeypatch):
 
 
 def draw(K_g, N, seed):
+    """Packed weights, every other time as views whose rows lie apart in memory."""
     *tensors, exact = packed(K_g[0], N, K_g[1], seed)
+    if seed % 2:
+        tensors = [torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]] for tensor in tensors]
     return [tensor.to(ON) for tensor in tensors], exact.to(ON)
 
 
@@ -64,7 +67,9 @@ def test_matmul_matches_float64(shape, dtype, M, with_bias, strided):
     expected = x.double() @ exact + added
     size = x.double().abs() @ exact.abs() + abs(added)  # what rounding is relative to
     y = awq.w4a16_matmul(x, *tensors, bias)
-    close = {torch.float32: 2**-11, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    # Triton's interpreter cuts float32 off where it should round to bfloat16.
+    cut = 2**-6 if awq.INTERPRETED else 2**-7
+    close = {torch.float32: 2**-11, torch.float16: 2**-10, torch.bfloat16: cut}[dtype]
     assert y.dtype == dtype and y.shape == (M, N)
     assert bool(((y.double() - expected).abs() <= close * size).all())
 

@@ -106,7 +106,7 @@ def test_every_launch_compiles_without_spilling_registers(chip, dtype, tmp_path)
 def awq_launches(dtype: torch.dtype):
     """(kernel, pointers, constants) of every kind of launch of awq.py with this dtype."""
     p = POINTERS[dtype]
-    pointers = {"x": p, "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*fp32"}
+    pointers = {"x": p, "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "sums": "*fp32"}
     packed = {name: pointers[name] for name in ("qweight", "qzeros", "scales")}
     for group in (32, 64, 128, 4096):
         block_k = awq._block_k(4096, group)
@@ -117,7 +117,7 @@ def awq_launches(dtype: torch.dtype):
         sizes = {"GROUP": group, "BLOCK_K": block_k, "BLOCK_N": 128}
         yield awq._dequantize_kernel, packed | {"out": "*fp16"}, sizes
     for bias in (False, True):
-        pointers = {"partial": "*fp32", "bias": p, "out": p}
+        pointers = {"sums": "*fp32", "bias": p, "out": p}
         yield awq._sum_kernel, pointers, {"BIAS": bias, "BLOCK": 1024}
 
 
