@@ -475,6 +475,14 @@ class _Packed(nn.Module):
                 setattr(self, name, buffer.to(now.device))
         return self
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
+        """As in any module, but codes of another dtype are refused, not cast."""
+        for name, buffer in self.named_buffers(recurse=False):
+            stored = state_dict.get(prefix + name, buffer)
+            if stored.dtype != buffer.dtype:
+                raise ValueError(f"{prefix}{name} must be {buffer.dtype}, got {stored.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def _set_bias(self, bias: Tensor | None) -> None:
         """A copy of its own, so that casting one layer does not cast another."""
         bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)

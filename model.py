@@ -1015,12 +1015,15 @@ def _make_quantised(model: VLM, names: list[str]) -> None:
         linear = linears[path]
         N, K = linear.weight.shape
         bias = linear.bias is not None
-        if leaf == "weight_scale":
-            layer = W8A8Linear(K, N, bias, device="meta")
-        elif model.config.group_size is None:
+        if leaf == "qweight" and model.config.group_size is None:
             raise ValueError(f"{name} is quantised, but config.json has no quantization_config")
-        else:
-            layer = W4A16Linear(K, N, model.config.group_size, bias, device="meta")
+        try:
+            if leaf == "qweight":
+                layer = W4A16Linear(K, N, model.config.group_size, bias, device="meta")
+            else:
+                layer = W8A8Linear(K, N, bias, device="meta")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
 
@@ -1048,6 +1051,8 @@ def _checked_dtype(file: Path, name: str, tensor: Tensor, wanted: Tensor) -> Ten
             raise ValueError(f"{file}: {name} must be floating point, got {tensor.dtype}")
     elif tensor.dtype != wanted.dtype:
         raise ValueError(f"{file}: {name} must be {wanted.dtype}, got {tensor.dtype}")
+    elif not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} must be finite, got NaN or infinity")
     return tensor
 
 

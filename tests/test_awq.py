@@ -380,6 +380,11 @@ def test_layers_of_their_own():
             assert [buffer.dtype for buffer in cast().buffers()] == dtypes
         assert linear.bias.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
         assert not layer.bias.requires_grad
+        stored = layer.state_dict()
+        layer.load_state_dict(stored)
+        name = next(name for name, _ in layer.named_buffers())
+        with pytest.raises(ValueError, match=f"{name} must be torch.int.*, got torch.float32"):
+            layer.load_state_dict(stored | {name: stored[name].float()})
         empty = type(layer)(128, 32, device="meta").to_empty(device="cpu")
         assert [buffer.dtype for buffer in empty.buffers()] == dtypes
     with pytest.raises(ValueError, match="a norm must have weights"):
@@ -657,7 +662,8 @@ def tensor(name, change):
         (setting(group_size=0), "group_size must be -1 or at least 1, got 0"),
         (setting(group_size="32"), "group_size must be -1 or at least 1, got '32'"),
         (setting(group_size=64), r"must have shape \(\d+, \d+\), got"),
-        (setting(group_size=100), "group_size must divide the 128 inputs"),
+        (setting(group_size=100), "_proj.qweight: group_size must divide the 128 inputs"),
+        (tensor(SCALES, lambda w: w * math.nan), "scales must be finite, got NaN"),
         (
             lambda t, c: t.update({"lm_head.qweight": torch.zeros(128, 73, dtype=torch.int32)}),
             "a quantised output head is not supported",
