@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -510,7 +511,7 @@ class W4A16Linear(_Packed):
     def from_linear(cls, linear: nn.Linear, group_size: int = 128) -> W4A16Linear:
         """Round a Linear's weights to the nearest codes."""
         N, K = linear.weight.shape
-        layer = cls(K, N, group_size, linear.bias is not None, linear.weight.device)
+        layer = cls(K, N, group_size, device="meta")  # every tensor is set below
         codes, scales, zeros = quantize_groups(linear.weight, group_size)
         layer.qweight, layer.qzeros = pack(codes.T), pack(zeros.T)
         layer.scales = scales.T.contiguous()
@@ -549,12 +550,13 @@ class W8A8Linear(_Packed):
         N, K = linear.weight.shape
         if not linear.weight.isfinite().all():
             raise ValueError("weights must be finite, got NaN or infinity")
-        layer = cls(K, N, linear.bias is not None, linear.weight.device)
+        layer = cls(K, N, device="meta")  # every tensor is set below
         layer.weight, layer.weight_scale = _to_int8(linear.weight.detach())
         layer._set_bias(linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) of x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
         codes, scale = _to_int8(rows)
         missing = max(0, 32 - len(rows))  # on a GPU `_int_mm` wants 17 rows at least
@@ -748,16 +750,7 @@ def _quantize_block(
     block: nn.Module, inputs: dict[nn.Module, Inputs], group_size: int, grid: int, clip: bool
 ) -> None:
     """AWQ on one block, given what its parts read: search, fold, clip, round."""
-    attention, mlp = block.self_attn, block.mlp
-    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    heads = o.in_features // v.out_features, attention.head_dim
-    folds = [  # what produces an input, which Linears read it, whose output counts, shared heads
-        (block.input_layernorm, [q, k, v], attention, (1, 1)),
-        (v, [o], o, heads),
-        (block.post_attention_layernorm, [gate, up], mlp, (1, 1)),
-        (up, [down], down, (1, 1)),
-    ]
+    folds = folds_of(block)
     found = [
         search_scale(
             module, linears, inputs[module], group_size=group_size, grid=grid, heads=shared
@@ -766,18 +759,48 @@ def _quantize_block(
     ]
     for (producer, linears, _, shared), s in zip(folds, found):
         fold(producer, linears, s, shared)
-    for (_, linears, module, _), s in zip(folds, found):
+    for (_, linears, module, _), s in zip(folds, found) if clip else ():
         # The inputs were recorded before the folds, which divide them by s.
         x = [args[0] / s.to(args[0].dtype) for args in inputs[module]]
         for linear in linears:
-            if clip and linear not in (q, k):
+            if linear not in (block.self_attn.q_proj, block.self_attn.k_proj):
                 limit = search_clip(linear.weight, x, group_size=group_size)[..., None]
                 groups = linear.weight.data.unflatten(1, (limit.shape[1], -1))
                 linear.weight.data = groups.clamp(-limit, limit).flatten(1)
-    for parent in (attention, mlp):
+    _replace_linears(block, lambda linear: W4A16Linear.from_linear(linear, group_size))
+
+
+def folds_of(block: nn.Module) -> list[tuple[nn.Module, list[nn.Linear], nn.Module, tuple]]:
+    """The four folds of a Llama block: what produces an input, which Linears read it, the module
+    whose output tells how well they do, and `heads` as in `search_scale`."""
+    attention, mlp = block.self_attn, block.mlp
+    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    heads = o.in_features // v.out_features, attention.head_dim
+    return [
+        (block.input_layernorm, [q, k, v], attention, (1, 1)),
+        (v, [o], o, heads),
+        (block.post_attention_layernorm, [gate, up], mlp, (1, 1)),
+        (up, [down], down, (1, 1)),
+    ]
+
+
+def _replace_linears(block: nn.Module, quantised: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what `quantised` makes of a Linear in its place, for all of a block's."""
+    for parent in (block.self_attn, block.mlp):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear):
-                setattr(parent, name, W4A16Linear.from_linear(linear, group_size))
+                setattr(parent, name, quantised(linear))
+
+
+@contextmanager
+def _hooked(*hooks) -> Iterator[None]:
+    """Remove hooks afterwards, whatever happens."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Stop(Exception):
@@ -792,15 +815,10 @@ def _first_calls(model: nn.Module, block: nn.Module, batches: Iterable[Tensor]) 
         calls.append(args)
         raise _Stop
 
-    hook = block.register_forward_pre_hook(record)
-    try:
+    with _hooked(block.register_forward_pre_hook(record)):
         for batch in batches:
-            try:
+            with suppress(_Stop):
                 model(batch)
-            except _Stop:
-                pass
-    finally:
-        hook.remove()
     if not calls:
         raise ValueError("batches must hold at least one batch, got none")
     return calls
@@ -811,15 +829,12 @@ def _record(
 ) -> tuple[dict[nn.Module, Inputs], list[Tensor]]:
     """Run a block on all calls: the arguments of every call of the modules, and its outputs."""
     inputs: dict[nn.Module, Inputs] = {module: [] for module in modules}
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: inputs[module].append(args))
-        for module in modules
-    ]
-    try:
+
+    def record(module: nn.Module, args: tuple) -> None:
+        inputs[module].append(args)
+
+    with _hooked(*(module.register_forward_pre_hook(record) for module in modules)):
         outputs = [block(*args) for args in calls]
-    finally:
-        for hook in hooks:
-            hook.remove()
     return inputs, outputs
 
 
@@ -865,28 +880,21 @@ def quantize_tower(
         largest[norm] = torch.maximum(largest[norm], now) if norm in largest else now
 
     norms = [n for block in tower.layers for n in (block.layer_norm1, block.layer_norm2)]
-    hooks = [norm.register_forward_hook(record) for norm in norms]
-    try:
+    with _hooked(*(norm.register_forward_hook(record) for norm in norms)):
         for pixels in batches:
             tower(pixels)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not largest:
         raise ValueError("batches must hold at least one batch, got none")
     for block in tower.layers:
-        attention, mlp = block.self_attn, block.mlp
+        attention = block.self_attn
         readers = {
             block.layer_norm1: [attention.q_proj, attention.k_proj, attention.v_proj],
-            block.layer_norm2: [mlp.fc1],
+            block.layer_norm2: [block.mlp.fc1],
         }
         for norm, linears in readers.items():
             if alpha is not None and norm in largest:  # parts of the last block may never run
                 smooth(norm, linears, largest[norm], alpha=alpha)
-        for parent in (attention, mlp):
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(parent, name, W8A8Linear.from_linear(linear))
+        _replace_linears(block, W8A8Linear.from_linear)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -898,17 +906,14 @@ def group_size_of(settings: dict) -> int:
 
     Raises: ValueError for anything but AWQ with 4 bits, zero points and the "gemm" layout.
     """
-    found = {
-        "quant_method": settings.get("quant_method", "awq"),
-        "bits": settings.get("bits", settings.get("w_bit")),
-        "zero_point": settings.get("zero_point", True),
-        "version": str(settings.get("version", "gemm")).lower(),
-    }
-    for key, accepted in {
-        "quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm",
-    }.items():  # fmt: skip
-        if found[key] != accepted:
-            raise ValueError(f"quantization {key} must be {accepted!r}, got {found[key]!r}")
+    for key, found, accepted in (
+        ("quant_method", settings.get("quant_method", "awq"), "awq"),
+        ("bits", settings.get("bits", settings.get("w_bit")), 4),
+        ("zero_point", settings.get("zero_point", True), True),
+        ("version", str(settings.get("version", "gemm")).lower(), "gemm"),
+    ):
+        if found != accepted:
+            raise ValueError(f"quantization {key} must be {accepted!r}, got {found!r}")
     group_size = settings.get("group_size", settings.get("q_group_size"))
     if type(group_size) is not int or not (group_size == -1 or group_size >= 1):
         raise ValueError(f"quantization group_size must be -1 or at least 1, got {group_size!r}")
@@ -923,47 +928,10 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
 
     Raises: ValueError if the target exists; OSError if it cannot be written.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
-    from model import our_name, weight_files
-
-    def tensors(name: str, stored: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What replaces one tensor of the source."""
-        ours = our_name(name)
-        if ours is None:  # of no use to us, but to others
-            yield name, stored(name)
-            return
-        parent, _, leaf = ours.rpartition(".")
-        module = model.get_submodule(parent)
-        if leaf == "weight" and isinstance(module, (W4A16Linear, W8A8Linear)):
-            for buffer, tensor in module.named_buffers():
-                yield name.removesuffix("weight") + buffer, tensor
-        else:
-            yield name, getattr(module, leaf).data
-
     check_target(target)
     folder = Path(tempfile.mkdtemp(prefix=".awq.", dir=target.parent))
     try:
         folder.chmod(0o755)
-        weight_map, total = {}, 0
-        for file in weight_files(source):
-            with safe_open(file, framework="pt") as content:
-                written = {
-                    new: tensor.cpu().contiguous()
-                    for name in content.keys()
-                    for new, tensor in tensors(name, content.get_tensor)
-                }
-            try:
-                save_file(written, folder / file.name, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"{folder / file.name} cannot be written: {error}") from None
-            shutil.copymode(file, folder / file.name)
-            weight_map |= dict.fromkeys(written, file.name)
-            total += sum(tensor.nbytes for tensor in written.values())
-        if set(weight_map.values()) != {"model.safetensors"}:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for file in source.iterdir():
             kept = file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file()
             if kept and not file.name.endswith(".index.json"):
@@ -979,9 +947,56 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
             "vision_w8a8": any(isinstance(module, W8A8Linear) for module in model.modules()),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        _save_weights(model, source, folder)
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_weights(model: nn.Module, source: Path, folder: Path) -> None:
+    """Write the safetensors files, one for each of the source's, and their index."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    from model import weight_files
+
+    weight_map, total = {}, 0
+    for file in weight_files(source):
+        with safe_open(file, framework="pt") as content:
+            written = {
+                new: tensor.cpu().contiguous()
+                for name in content.keys()
+                for new, tensor in _replacements(model, name, content.get_tensor)
+            }
+        try:
+            save_file(written, folder / file.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder / file.name} cannot be written: {error}") from None
+        shutil.copymode(file, folder / file.name)
+        weight_map |= dict.fromkeys(written, file.name)
+        total += sum(tensor.nbytes for tensor in written.values())
+    if set(weight_map.values()) != {"model.safetensors"}:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _replacements(
+    model: nn.Module, name: str, stored: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors to write in place of one tensor of the source."""
+    from model import our_name
+
+    ours = our_name(name)
+    if ours is None:  # of no use to us, but to others
+        yield name, stored(name)
+        return
+    parent, _, leaf = ours.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf == "weight" and isinstance(module, _Packed):
+        for buffer, tensor in module.named_buffers():
+            yield name.removesuffix("weight") + buffer, tensor
+    else:
+        yield name, getattr(module, leaf).data
 
 
 def check_target(target: Path) -> None:
@@ -1133,6 +1148,7 @@ def benchmark() -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command line; `python awq.py --help` lists them."""
     parser = argparse.ArgumentParser(
         description="Quantise a checkpoint: 4-bit weights (AWQ) in the decoder, with --vision-w8a8 "
         "8-bit weights and activations (SmoothQuant) in the vision tower."

@@ -29,6 +29,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -751,14 +752,55 @@ def _peaks(new: dict, gpu: bool) -> tuple[float, float]:
     return bandwidth, 2 * len(square) ** 3 / _time(torch.matmul, square, square)
 
 
-def benchmark() -> None:
-    """Time every operation beside naive PyTorch, flash-colreduce if it is installed, and its bound:
-    the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it must do
-    over the measured matmul rate. The last line of the output is one JSON object."""
+# A row of the table: its label, the bytes and FLOPs of the bound, milliseconds by method.
+Row = tuple[str, int, int, dict[str, float | None]]
+
+
+def _time_colsum(shapes: list[tuple], new: dict, passes: int) -> Iterator[Row]:
+    """`attention_colsum` on some of SHAPES, with so many passes over the scores."""
     try:
         from flash_colreduce import flash_colreduce
     except ImportError:
         flash_colreduce = None
+    for what, B, H, G, M, N, D, causal in shapes:
+        flops = passes * _scores_flops(B, H, G, M, N, D, causal)
+        q, k = torch.randn(B, H, M, D, **new), torch.randn(B, G, N, D, **new)
+        lse = attention_lse(q, k, causal=causal)
+        times = {"ours": _time(attention_colsum, q, k, causal=causal)}
+        times["naive"] = _time(naive_colsum, q, k, causal)
+        if flash_colreduce and H == G:
+            times["flash"] = _time(flash_colreduce, q, k, is_causal=causal, reduction="sum")
+        size = passes * (q.nbytes + k.nbytes) + 4 * B * H * (2 * M + N)
+        label = f"{what}: B {B} H {H} G {G} M {M} N {N} D {D}{' causal' if causal else ''}"
+        yield label, size, flops, times
+        given = _time(attention_colsum, q, k, causal=causal, lse=lse)
+        yield "  with lse given", size // passes, flops // passes, {"ours": given}
+
+
+def _scores_flops(B: int, H: int, G: int, M: int, N: int, D: int, causal: bool) -> int:
+    """FLOPs of one pass over the scores."""
+    return 2 * B * H * M * N * D // (2 if causal and M == N else 1)
+
+
+def _time_cache(new: dict, gpu: bool) -> Iterator[Row]:
+    """`decode_attention` and `gather_keys_values` on caches of growing length."""
+    for N in LENGTHS if gpu else LENGTHS[:3]:
+        q, (k, v) = torch.randn(1, 28, 1, 128, **new), torch.randn(2, 1, 4, N, 128, **new)
+        index = torch.arange(0, N, 2, device=k.device)[None]
+        times = {"ours": _time(decode_attention, q, k, v)}
+        times["naive"] = _time(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+        yield f"decode_attention: H 28 G 4 N {N} D 128", 2 * k.nbytes, 4 * 28 * N * 128, times
+        times = {
+            "ours": _time(gather_keys_values, k, v, index),
+            "naive": _time(naive_gather, k, v, index),
+        }
+        yield f"gather_keys_values: G 4 N {N} K {N // 2} D 128", 2 * k.nbytes, 0, times
+
+
+def benchmark() -> None:
+    """Time every operation beside naive PyTorch, flash-colreduce if it is installed, and its bound:
+    the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it must do
+    over the measured matmul rate. The last line of the output is one JSON object."""
     gpu = torch.cuda.is_available()
     new = {"device": "cuda", "dtype": torch.float16} if gpu else {"dtype": torch.float32}
     bandwidth, rate = _peaks(new, gpu)
@@ -768,10 +810,11 @@ def benchmark() -> None:
         f"measured: copy {bandwidth / 1e6:.0f} GB/s, matmul {rate / 1e9:.2f} TFLOP/s; times in ms"
     )
     print(f"{'':72}{'ours':>9}{'naive':>9}{'flash':>9}{'bound':>9}{'reached':>9}")
+    shapes = [shape for shape in SHAPES if gpu or _scores_flops(*shape[1:]) <= 2e10]
+    passes = 2 if gpu else 1  # over the scores; a CPU's chunk of whole rows needs one
     rows = []
-
-    def row(label: str, size: int, flops: int, **times: float | None) -> None:
-        """Print and keep a line: milliseconds by method, beside the bound."""
+    timed = chain(_time_colsum(shapes, new, passes), _time_cache(new, gpu))
+    for label, size, flops, times in timed:
         times["bound"] = max(size / bandwidth, flops / rate)
         times["reached"] = times["bound"] / times["ours"] if times["ours"] else None
         cells = [times.get(key) for key in ("ours", "naive", "flash", "bound")]
@@ -779,37 +822,8 @@ def benchmark() -> None:
         text += f"{times['reached']:9.0%}" if times["reached"] else f"{'-':>9}"
         print(f"{label:72}{text}", flush=True)
         rows.append({"row": label, **times})
-
-    passes = 2 if gpu else 1  # over the scores; a CPU's chunk of whole rows needs one
-    skipped = 0
-    for what, B, H, G, M, N, D, causal in SHAPES:
-        flops = passes * 2 * B * H * M * N * D // (2 if causal and M == N else 1)
-        if not gpu and flops > 2e10:
-            skipped += 1
-            continue
-        q, k = torch.randn(B, H, M, D, **new), torch.randn(B, G, N, D, **new)
-        lse = attention_lse(q, k, causal=causal)
-        times = {"ours": _time(attention_colsum, q, k, causal=causal)}
-        times["naive"] = _time(naive_colsum, q, k, causal)
-        if flash_colreduce and H == G:
-            times["flash"] = _time(flash_colreduce, q, k, is_causal=causal, reduction="sum")
-        size = passes * (q.nbytes + k.nbytes) + 4 * B * H * (2 * M + N)
-        label = f"{what}: B {B} H {H} G {G} M {M} N {N} D {D}{' causal' if causal else ''}"
-        row(label, size, flops, **times)
-        given = _time(attention_colsum, q, k, causal=causal, lse=lse)
-        row("  with lse given", size // passes, flops // passes, ours=given)
-    for N in LENGTHS if gpu else LENGTHS[:3]:
-        q, (k, v) = torch.randn(1, 28, 1, 128, **new), torch.randn(2, 1, 4, N, 128, **new)
-        index = torch.arange(0, N, 2, device=k.device)[None]
-        times = {"ours": _time(decode_attention, q, k, v)}
-        times["naive"] = _time(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
-        row(f"decode_attention: H 28 G 4 N {N} D 128", 2 * k.nbytes, 4 * 28 * N * 128, **times)
-        times = {
-            "ours": _time(gather_keys_values, k, v, index),
-            "naive": _time(naive_gather, k, v, index),
-        }
-        row(f"gather_keys_values: G 4 N {N} K {N // 2} D 128", 2 * k.nbytes, 0, **times)
     if not gpu:
+        skipped = len(SHAPES) - len(shapes)
         print(f"{skipped} larger shapes and the Triton kernels need a GPU: not measured")
     print(json.dumps({"device": name, "bandwidth": bandwidth, "matmul": rate, "rows": rows}))
 

@@ -466,6 +466,7 @@ class VisionTower(nn.Module):
         return self.pre_layrnorm(x)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (images, 3, S, S) -> features (images, patches, C), salience (images, patches)."""
         x = self.embed(pixels)
         before_last = len(self.layers) - 1
         states = {0: x}  # by depth; only the two that are needed are kept
@@ -536,6 +537,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = nn.Linear(config.heads * D, E, bias=False)
 
     def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x (B, T, E), cos and sin from `rotary_table` -> (B, T, E)."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -569,7 +571,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Llama. embeddings (B, T, E) at positions (T,) or (B, 1, T) -> hidden states (B, T, E)."""
+    """Llama: token embeddings, blocks, a last norm."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -579,6 +581,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.width, config.eps)
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """embeddings (B, T, E) at positions (T,) or (B, 1, T) -> hidden states (B, T, E)."""
         cos, sin = rotary_table(positions, self.config)
         x = embeddings
         for layer, block in enumerate(self.layers):
@@ -965,24 +968,23 @@ def _fill(model: VLM, folder: Path, device: torch.device, dtype: torch.dtype) ->
     # A head stored in the files wins over the configuration's word that it is tied.
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     files = weight_files(folder)
-    _make_quantised(model, [name for file in files for name in _names(file)])
+    for file in files:
+        with _weights(file) as tensors:
+            _make_quantised(model, [our_name(name) for name in tensors.keys()])
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
     filled: dict[str, str] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    ours = our_name(name)
-                    if ours is None:
-                        continue
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    _check_tensor(file, name, ours, shape, wanted, filled)
-                    tensor = _checked_dtype(file, name, tensors.get_tensor(name), wanted[ours])
-                    cast = dtype if isinstance(wanted[ours], nn.Parameter) else tensor.dtype
-                    _set_tensor(model, ours, tensor.to(device, cast))
-                    filled[ours] = name
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+        with _weights(file) as tensors:
+            for name in tensors.keys():
+                ours = our_name(name)
+                if ours is None:
+                    continue
+                shape = tuple(tensors.get_slice(name).get_shape())
+                _check_tensor(file, name, ours, shape, wanted, filled)
+                tensor = _checked_dtype(file, name, tensors.get_tensor(name), wanted[ours])
+                cast = dtype if isinstance(wanted[ours], nn.Parameter) else tensor.dtype
+                _set_tensor(model, ours, tensor.to(device, cast))
+                filled[ours] = name
     if model.config.text.tied and "lm_head.weight" not in filled:
         model.lm_head.weight = model.decoder.embed_tokens.weight
         del wanted["lm_head.weight"]
@@ -993,20 +995,21 @@ def _fill(model: VLM, folder: Path, device: torch.device, dtype: torch.dtype) ->
         )
 
 
-def _names(file: Path) -> list[str]:
-    """Our names of the tensors in a file."""
+@contextmanager
+def _weights(file: Path) -> Iterator[safe_open]:
+    """A safetensors file; whatever is wrong with it becomes one clear error."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            return [ours for name in tensors.keys() if (ours := our_name(name))]
+            yield tensors
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
 
 
-def _make_quantised(model: VLM, names: list[str]) -> None:
-    """Replace the Linears whose tensors in the files are quantised, and only those: lists of
-    modules in configurations are often out of date."""
+def _make_quantised(model: VLM, names: list[str | None]) -> None:
+    """Replace the Linears whose tensors in a file are quantised, and only those: lists of modules
+    in configurations are often out of date."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in names:
+    for name in filter(None, names):
         path, _, leaf = name.rpartition(".")
         if path not in linears or leaf not in ("qweight", "weight_scale"):
             continue

@@ -345,8 +345,8 @@ class SparseVILA:
         """Token ids before the first question, their positions (T,), and the position that
         follows."""
         tokens = self.flat(index, n)
-        bounds = torch.tensor([-1]), torch.tensor([images * n])
-        if (torch.cat([bounds[0], tokens, bounds[1]]).diff() <= 0).any():
+        before, behind = torch.tensor([-1]), torch.tensor([images * n])
+        if (tokens.diff(prepend=before, append=behind) <= 0).any():
             raise ValueError(f"kept tokens must be ascending and below {images * n}, got {tokens}")
         counts = torch.bincount(tokens // n, minlength=images).tolist()
         ids = self.processor.context(counts)
@@ -503,8 +503,8 @@ def overlay(
             votes[kept[chosen.cpu()]] += 1 / len(answer.retrieved)
         panel = Image.new("RGB", ((edge + 8) * len(views), edge + 56), "white")
         draw = ImageDraw.Draw(panel)
-        draw.text((4, 4), " ".join(question.split()), "black", font)
-        draw.text((4, 26), " ".join(answer.text.split()), "black", font)
+        draw.text((4, 4), _one_line(question), "black", font)
+        draw.text((4, 26), _one_line(answer.text), "black", font)
         for number, view in enumerate(views):
             tokens = range(number * side * side, (number + 1) * side * side)
             dropped = ~torch.isin(torch.tensor(tokens), kept)
@@ -517,6 +517,10 @@ def overlay(
     for number, panel in enumerate(panels):
         whole.paste(panel, (number * panel.width, 0))
     return whole
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _mark(picture: Image.Image, side: int, dropped: Tensor, votes: Tensor) -> Image.Image:
@@ -557,16 +561,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument(
-        "--image", type=path, action="append", metavar="FILE", help="a picture (repeatable)"
+        "--image",
+        type=nonempty_path,
+        action="append",
+        metavar="FILE",
+        help="a picture (repeatable)",
     )
     pictures.add_argument(
-        "--video", type=path, metavar="PATH", help="a folder of frames, or an animated picture"
+        "--video",
+        type=nonempty_path,
+        metavar="PATH",
+        help="a folder of frames, or an animated picture",
     )
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--ask", action="append", metavar="TEXT", help="a question (repeatable)")
     questions.add_argument("--chat", action="store_true", help="questions from the terminal")
     parser.add_argument(
-        "--model", type=path, default=HERE / "tiny", help="checkpoint folder or hub repository"
+        "--model",
+        type=nonempty_path,
+        default=HERE / "tiny",
+        help="checkpoint folder or hub repository",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
     parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
@@ -596,14 +610,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--overlay",
-        type=path,
+        type=nonempty_path,
         metavar="FILE",
         help="write a picture of what was kept and retrieved",
     )
     return parser.parse_args(argv)
 
 
-def path(text: str) -> str:
+def nonempty_path(text: str) -> str:
     """A path given on the command line; an empty one comes from a shell variable that is not
     set."""
     if not text:
@@ -685,7 +699,7 @@ def print_comparison(columns: dict[str, dict]) -> None:
     for answers in zip(*(columns[name]["answers"] for name in names)):
         print(answers[0]["question"])
         for name, answer in zip(names, answers):
-            print(f"  {name:8}{' '.join(answer['answer'].split())}")
+            print(f"  {name:8}{_one_line(answer['answer'])}")
         print()
 
     def line(label: str, value: Callable[[dict], str]) -> None:
@@ -719,7 +733,7 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # nobody reads on, as in `| head`
         raise SystemExit(141) from None
     except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
-        print(f"sparsevila.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sparsevila.py: error: {_one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         _drop_output_that_cannot_be_written()
@@ -736,31 +750,8 @@ def _drop_output_that_cannot_be_written() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises: ValueError or OSError for bad input, as much of it
     as possible before the model is loaded."""
-    if arguments.chat and (arguments.json or arguments.overlay):
-        raise ValueError("--json and --overlay need --ask, not --chat")
-    if arguments.overlay:
-        encode_picture(Image.new("RGB", (1, 1)), arguments.overlay)
-        if not Path(arguments.overlay).parent.is_dir():
-            raise ValueError(f"no folder to write {arguments.overlay} to")
     questions = arguments.ask or ([] if arguments.chat else SAMPLE_QUESTIONS)
-    for question in questions:
-        check_question(question)
-    settings = {
-        "prefill_sparsity": 0.0 if arguments.dense else arguments.prefill_sparsity,
-        "decode_sparsity": 0.0 if arguments.dense else arguments.decode_sparsity,
-        "scope": arguments.scope,
-        "positions": arguments.positions,
-        "protocol": arguments.protocol or ("conversation" if arguments.chat else "evaluation"),
-    }
-    for name in ("prefill_sparsity", "decode_sparsity"):
-        check_sparsity(name, settings[name])
-    sampling = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "seed": arguments.seed,
-    }
-    check_sampling(**sampling)
+    settings, sampling = checked_settings(arguments, questions)
     if arguments.video:
         images = read_frames(arguments.video)
     else:
@@ -787,20 +778,47 @@ def run(arguments: argparse.Namespace) -> None:
         "model": str(arguments.model),
         "device": str(model.device),
         "precision": model.precision,
-        "weight_bytes": model.weight_bytes,
     }
     if arguments.json:
-        print(
-            json.dumps(where | {"settings": settings | sampling} | columns.popitem()[1], indent=2)
-        )
+        where |= {"weight_bytes": model.weight_bytes, "settings": settings | sampling}
+        print(json.dumps(where | columns.popitem()[1], indent=2))
     else:
-        *words, size = where.values()
-        print(", ".join([*words, *(f"{k} {v}" for k, v in settings.items())]) + "\n")
+        print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
         print_comparison(columns)
-        print(f"weights: {size:,} bytes, {model.precision}")
+        print(f"weights: {model.weight_bytes:,} bytes, {model.precision}")
     if arguments.overlay:
         picture = overlay(session, images, list(zip(questions, answers)))
         Path(arguments.overlay).write_bytes(encode_picture(picture, arguments.overlay))
+
+
+def checked_settings(arguments: argparse.Namespace, questions: list[str]) -> tuple[dict, dict]:
+    """Settings of the session and of the sampling. Raises: ValueError for what can be known to be
+    wrong without a model."""
+    if arguments.chat and (arguments.json or arguments.overlay):
+        raise ValueError("--json and --overlay need --ask, not --chat")
+    if arguments.overlay:
+        encode_picture(Image.new("RGB", (1, 1)), arguments.overlay)
+        if not Path(arguments.overlay).parent.is_dir():
+            raise ValueError(f"no folder to write {arguments.overlay} to")
+    for question in questions:
+        check_question(question)
+    settings = {
+        "prefill_sparsity": 0.0 if arguments.dense else arguments.prefill_sparsity,
+        "decode_sparsity": 0.0 if arguments.dense else arguments.decode_sparsity,
+        "scope": arguments.scope,
+        "positions": arguments.positions,
+        "protocol": arguments.protocol or ("conversation" if arguments.chat else "evaluation"),
+    }
+    for name in ("prefill_sparsity", "decode_sparsity"):
+        check_sparsity(name, settings[name])
+    sampling = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
+    check_sampling(**sampling)
+    return settings, sampling
 
 
 if __name__ == "__main__":

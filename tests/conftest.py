@@ -12,12 +12,22 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import kernels  # noqa: E402
 import model  # noqa: E402
 
 TINY = ROOT / "tiny"
 
 settings.register_profile("house", deadline=None)  # two busy cores take their time
 settings.load_profile("house")
+
+# For the tests of Triton kernels: in the interpreter where it is switched on, else on a GPU.
+ON = "cpu" if kernels.INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(
+    not (kernels.INTERPRETED or (kernels.triton and torch.cuda.is_available())),
+    reason="no GPU; see test_interpreter.py",
+)
+few = settings(max_examples=30 if kernels.INTERPRETED else 200)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,15 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import DTYPES, ON, few, needs_triton
+from hypothesis import given
 from hypothesis import strategies as st
 from test_awq import packed
 
 import awq
 
-ON = "cpu" if awq.INTERPRETED else "cuda"
-RUNS = awq.INTERPRETED or (awq.triton and torch.cuda.is_available())
-pytestmark = pytest.mark.skipif(not RUNS, reason="no GPU; see test_interpreter.py")
-few = settings(max_examples=30 if awq.INTERPRETED else 200)
+pytestmark = needs_triton
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 shapes = st.fixed_dictionaries(
     {
         "K_g": st.sampled_from(

@@ -5,18 +5,14 @@ import math
 
 import pytest
 import torch
-from conftest import softmax64
-from hypothesis import given, settings
+from conftest import DTYPES, ON, few, needs_triton, softmax64
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
 
-ON = "cpu" if kernels.INTERPRETED else "cuda"
-RUNS = kernels.INTERPRETED or (kernels.triton and torch.cuda.is_available())
-pytestmark = pytest.mark.skipif(not RUNS, reason="no GPU; see test_interpreter.py")
-few = settings(max_examples=25 if kernels.INTERPRETED else 200)
+pytestmark = needs_triton
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 shapes = st.fixed_dictionaries(
     {
         "B": st.integers(1, 2),

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import awq  # noqa: E402
-from model import load  # noqa: E402
+from model import VLM, load  # noqa: E402
 from sparsevila import Dense, RetrievalCache, SparseVILA  # noqa: E402
 from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
 
@@ -103,8 +103,8 @@ def measure(
     return {column: 100 * sum(values) / len(values) for column, values in right.items()}
 
 
-# name: (arguments of awq.quantize or None, is the tower quantised too, are outliers planted before)
 NEAREST = {"grid": 1, "clip": False}
+# name: (arguments of awq.quantize or None, is the tower quantised too, are outliers planted before)
 VARIANTS = {
     "full precision": (None, False, False),
     "round to nearest": (NEAREST, False, False),
@@ -122,9 +122,9 @@ def plant_outliers(model: torch.nn.Module, factor: float = 30.0) -> None:
     s = torch.ones(model.config.text.width)
     s[::16] = 1 / factor
     for block in model.decoder.layers:
-        attention, mlp = block.self_attn, block.mlp
-        awq.fold(block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], s)
-        awq.fold(block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], s)
+        for producer, linears, _, _ in awq.folds_of(block):
+            if isinstance(producer, torch.nn.RMSNorm):
+                awq.fold(producer, linears, s)
 
 
 def make_variant(name: str, source: Path, target: Path, group_size: int = 32) -> Path:
@@ -145,6 +145,16 @@ def make_variant(name: str, source: Path, target: Path, group_size: int = 32) ->
     return target
 
 
+def answer_log_probabilities(
+    model: VLM, pixels: Tensor, prompt: list[int], answer: list[int]
+) -> Tensor:
+    """ln p of the next word (rows, vocabulary) at the end of the prompt and after each word of the
+    answer."""
+    visual = model.project(model.encode(pixels)[0])[0]
+    logits = model(model.embed(prompt + answer, visual))[0]
+    return logits.log_softmax(-1)[-len(answer) - 1 :]
+
+
 def divergence(reference: Path, other: Path, scenes: int = 1000) -> tuple[float, float]:
     """Mean Kullback-Leibler divergence, in nats, of the next word's distribution over the rows of
     right answers: sum_w p(w) ln(p(w) / q(w)), p of the reference, q of the other checkpoint; and
@@ -159,10 +169,7 @@ def divergence(reference: Path, other: Path, scenes: int = 1000) -> tuple[float,
         ids = processor.tokenizer.encode(answer, add_special_tokens=False).ids
         prompt = processor.context([100]) + processor.question(question, first=True)
         log_p, log_q = (
-            model(model.embed(prompt + ids, model.project(model.encode(pixels)[0])[0]))[
-                0
-            ].log_softmax(-1)[-len(ids) - 1 :]
-            for model in (p_model, q_model)
+            answer_log_probabilities(model, pixels, prompt, ids) for model in (p_model, q_model)
         )
         rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
     rows = torch.cat(rows)
