@@ -240,14 +240,33 @@ def test_the_clip_search_finds_the_smallest_error(seed, g):
     groups, rows = weight.double().view(8, -1, g), x.double().view(-1, 64 // g, g)
     largest = groups.abs().amax(-1)
 
-    def errors(limits):  # the partial products, written out
+    def errors(limits):  # the partial products (T, N, K / g), written out
         limits = limits[..., None]
         clamped = groups.clamp(-limits, limits).view(8, 64).float()
         d = groups - awq.rounded(clamped, g).double().view_as(groups)
-        return torch.einsum("tga,nga->tng", rows, d).square().sum(0)
+        return torch.einsum("tga,nga->tng", rows, d)
 
-    tried = torch.stack([errors(largest * (1 - step / 20)) for step in range(10)])
-    assert torch.allclose(errors(limit.double()), tried.amin(0), rtol=1e-3)
+    tried = torch.stack([errors(largest * (1 - step / 20)).square().sum(0) for step in range(10)])
+    found, unclipped = errors(limit.double()), errors(largest)
+    for output in range(8):
+        if torch.equal(limit[output], largest[output].float()):
+            best = largest[output] * (1 - tried[:, output].argmin(0) / 20)
+            best = torch.cat([largest[:output], best[None], largest[output + 1 :]])
+            whole = errors(best)[:, output].sum(-1).square().sum()
+            assert whole >= (1 - 1e-3) * unclipped[:, output].sum(-1).square().sum()
+        else:
+            least = tried[:, output].amin(0)
+            assert torch.allclose(found[:, output].square().sum(0), least, rtol=1e-3)
+    whole, before = (e.sum(-1).square().sum(0) for e in (found, unclipped))
+    assert (whole <= before * (1 + 1e-5)).all()
+
+
+def test_clipping_is_used_where_it_helps():
+    """Of 64 random outputs some are clipped, some are not; both happen."""
+    linear, x = outlier_layer(0, N=64)
+    limit = awq.search_clip(linear.weight, [x], group_size=16)
+    clipped = (limit < linear.weight.view(64, -1, 16).abs().amax(-1)).any(1)
+    assert 0 < clipped.sum() < 64
 
 
 def test_nan_in_the_calibration_is_refused():

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import awq  # noqa: E402
-from model import VLM, load  # noqa: E402
+from model import VLM, Processor, load  # noqa: E402
 from sparsevila import Dense, RetrievalCache, SparseVILA  # noqa: E402
 from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
 
@@ -62,6 +63,9 @@ METHODS = {
     "dense, conversation": (Dense, 0, 0, {"protocol": "conversation"}),
     "SparseVILA, conversation": (SparseVILA, 0.75, 0.9, {"protocol": "conversation"}),
 }
+
+
+EQUIVALENTS = 16  # models with the same function, for the last table
 
 
 def parts(answer: str) -> tuple[str, str]:
@@ -116,15 +120,21 @@ VARIANTS = {
 }
 
 
-def plant_outliers(model: torch.nn.Module, factor: float = 30.0) -> None:
-    """Blow up every 16th output of the decoder's norms, as in large models, and make up for it in
-    the weights that read them: the model computes what it did."""
-    s = torch.ones(model.config.text.width)
-    s[::16] = 1 / factor
+def rescale(model: VLM, scale: Callable[[], Tensor]) -> None:
+    """Divide the outputs of the decoder's norms by scales (E,) and multiply the weights that read
+    them: the model computes what it did."""
     for block in model.decoder.layers:
         for producer, linears, _, _ in awq.folds_of(block):
             if isinstance(producer, torch.nn.RMSNorm):
-                awq.fold(producer, linears, s)
+                awq.fold(producer, linears, scale())
+
+
+def plant_outliers(model: VLM, factor: float = 30.0) -> None:
+    """Blow up every 16th output of the decoder's norms, as in large models, the model's function
+    unchanged."""
+    s = torch.ones(model.config.text.width)
+    s[::16] = 1 / factor
+    rescale(model, lambda: s)
 
 
 def make_variant(name: str, source: Path, target: Path, group_size: int = 32) -> Path:
@@ -136,13 +146,18 @@ def make_variant(name: str, source: Path, target: Path, group_size: int = 32) ->
     model, processor = load(source, device="cpu")
     if outliers:
         plant_outliers(model)
-    pictures, prompts, _ = awq.calibration_set(None, None, 32)
-    pixels, batches = awq.calibration(model, processor, pictures, prompts, 32)
+    pixels, batches = calibrate(model, processor)
     awq.quantize(model, batches, group_size=group_size, **options)
     if tower:
         awq.quantize_tower(model.vision_tower, pixels)
     awq.save(model, source, target, group_size)
     return target
+
+
+def calibrate(model: VLM, processor: Processor) -> tuple[list[Tensor], list[Tensor]]:
+    """Pixels and embeddings as `python awq.py` takes them by default."""
+    pictures, prompts, _ = awq.calibration_set(None, None, 32)
+    return awq.calibration(model, processor, pictures, prompts, 32)
 
 
 def answer_log_probabilities(
@@ -155,11 +170,10 @@ def answer_log_probabilities(
     return logits.log_softmax(-1)[-len(answer) - 1 :]
 
 
-def divergence(reference: Path, other: Path, scenes: int = 1000) -> tuple[float, float]:
-    """Mean Kullback-Leibler divergence, in nats, of the next word's distribution over the rows of
-    right answers: sum_w p(w) ln(p(w) / q(w)), p of the reference, q of the other checkpoint; and
-    its standard error."""
-    (p_model, processor), (q_model, _) = load(reference, device="cpu"), load(other, device="cpu")
+def divergence(reference: Path, others: list[VLM], scenes: int = 1000) -> Tensor:
+    """Kullback-Leibler divergence, in nats, of the next word's distribution at the rows of right
+    answers, (rows, others): sum_w p(w) ln(p(w) / q(w)), p of the reference, q of another model."""
+    p_model, processor = load(reference, device="cpu")
     rows = []
     for number in range(scenes):
         rng = random.Random(f"diverge {number}")
@@ -168,12 +182,30 @@ def divergence(reference: Path, other: Path, scenes: int = 1000) -> tuple[float,
         pixels = processor.pixels(to_images(render(scene, rng)))
         ids = processor.tokenizer.encode(answer, add_special_tokens=False).ids
         prompt = processor.context([100]) + processor.question(question, first=True)
-        log_p, log_q = (
-            answer_log_probabilities(model, pixels, prompt, ids) for model in (p_model, q_model)
+        log_p, *log_q = (
+            answer_log_probabilities(model, pixels, prompt, ids) for model in (p_model, *others)
         )
-        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    rows = torch.cat(rows)
-    return float(rows.mean()), float(rows.std() / len(rows) ** 0.5)
+        rows.append((log_p.exp() * (log_p - torch.stack(log_q))).sum(-1).T)
+    return torch.cat(rows)
+
+
+def mean_and_error(values: Tensor) -> str:
+    """Mean of values (n,) and its standard error, in thousandths."""
+    return f"{1000 * values.mean():.1f} ± {1000 * values.std() / len(values) ** 0.5:.1f}"
+
+
+def equivalent_models(source: Path, seed: int) -> list[VLM]:
+    """One model that computes what the source does, its decoder's norms rescaled at random by about
+    5 %, quantised in each of three ways."""
+    models = []
+    for name in ("round to nearest", "AWQ without clip", "AWQ"):
+        model, processor = load(source, device="cpu")
+        batches = calibrate(model, processor)[1]
+        noise = torch.Generator().manual_seed(seed)
+        rescale(model, lambda noise=noise: (0.05 * torch.randn(128, generator=noise)).exp())
+        awq.quantize(model, batches, group_size=32, **VARIANTS[name][0])
+        models.append(model)
+    return models
 
 
 @torch.no_grad()
@@ -187,12 +219,23 @@ def evaluate_quantised(source: Path, questions: int) -> None:
         for number, name in enumerate(VARIANTS):
             path = make_variant(name, source, Path(folder) / str(number))
             size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-            mean, error = divergence(source, path)
+            divergences = divergence(source, [load(path, device="cpu")[0]])
             jobs = [(session, str(path), questions, (1,)) for session in sessions]
             results = list(pool.map(measure, *zip(*jobs)))
             cells = [f"{result[kind]:.1f}" for result in results for kind in LOOKUPS]
-            cells = [name, f"{size:,}", f"{1000 * mean:.1f} ± {1000 * error:.1f}", *cells]
+            cells = [name, f"{size:,}", mean_and_error(divergences[:, 0]), *cells]
             print("| " + " | ".join(cells) + " |", flush=True)
+    draws = []
+    for seed in range(EQUIVALENTS):
+        models = equivalent_models(source, seed)
+        draws.append(divergence(source, models, scenes=500).mean(0))
+        print(f"\r{seed + 1} of {EQUIVALENTS} equivalent models", end="", file=sys.stderr)
+    nearest, without_clip, full = torch.stack(draws).T
+    print(f"\n\n| over {EQUIVALENTS} equivalent models | KL, millinats | less than nearest by |")
+    print("|---|---|---|")
+    print(f"| round to nearest | {mean_and_error(nearest)} | |")
+    for name, values in (("AWQ without clip", without_clip), ("AWQ", full)):
+        print(f"| {name} | {mean_and_error(values)} | {mean_and_error(nearest - values)} |")
 
 
 COLUMNS = (*LOOKUPS, "first word", "later words", "first turn", "later turns", "count", "frame")
