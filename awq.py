@@ -938,14 +938,19 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
 
     Raises: ValueError if the target exists; OSError if it cannot be written.
     """
+    from model import PARTS
+
     check_target(target)
     folder = Path(tempfile.mkdtemp(prefix=".awq.", dir=target.parent))
     try:
         folder.chmod(0o755)
-        for file in source.iterdir():
-            kept = file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file()
-            if kept and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+        for part in [source, *(source / name for name in PARTS if (source / name).is_dir())]:
+            copy = folder / part.relative_to(source)
+            copy.mkdir(exist_ok=True)
+            for file in part.iterdir():
+                kept = file.suffix in (".json", ".txt", ".model", ".jinja") and file.is_file()
+                if kept and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, copy / file.name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {
             "quant_method": "awq",
@@ -953,7 +958,10 @@ def save(model: nn.Module, source: Path, target: Path, group_size: int) -> None:
             "group_size": group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+            "modules_to_not_convert": [
+                *("vision_tower", "vision_model", "multi_modal_projector", "connector"),
+                *("mm_projector", "lm_head"),
+            ],
             "vision_w8a8": any(isinstance(module, W8A8Linear) for module in model.modules()),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -970,34 +978,39 @@ def _save_weights(model: nn.Module, source: Path, folder: Path) -> None:
 
     from model import weight_files
 
-    weight_map, total = {}, 0
-    for file in weight_files(source):
+    written: dict[Path, dict[str, int]] = {}  # bytes of every tensor, by folder
+    for file, prefix in weight_files(source).items():
         with safe_open(file, framework="pt") as content:
-            written = {
+            tensors = {
                 new: tensor.cpu().contiguous()
                 for name in content.keys()
-                for new, tensor in _replacements(model, name, content.get_tensor)
+                for new, tensor in _replacements(model, prefix, name, content.get_tensor)
             }
+        target = folder / file.relative_to(source)
         try:
-            save_file(written, folder / file.name, metadata={"format": "pt"})
+            save_file(tensors, target, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk
-            raise OSError(f"{folder / file.name} cannot be written: {error}") from None
-        shutil.copymode(file, folder / file.name)
-        weight_map |= dict.fromkeys(written, file.name)
-        total += sum(tensor.nbytes for tensor in written.values())
-    if set(weight_map.values()) != {"model.safetensors"}:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            raise OSError(f"{target} cannot be written: {error}") from None
+        shutil.copymode(file, target)
+        sizes = {(name, file.name): tensor.nbytes for name, tensor in tensors.items()}
+        written[target.parent] = written.get(target.parent, {}) | sizes
+    for part, sizes in written.items():
+        if {file for _, file in sizes} != {"model.safetensors"}:
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": dict(sizes.keys()),
+            }
+            (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _replacements(
-    model: nn.Module, name: str, stored: Callable[[str], Tensor]
+    model: nn.Module, prefix: str, name: str, stored: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors to write in place of one tensor of the source."""
-    from model import our_name
+    from model import not_needed, our_name
 
-    ours = our_name(name)
-    if ours is None:  # of no use to us, but to others
+    ours = our_name(prefix + name)
+    if not_needed(ours, model):  # but others may need it
         yield name, stored(name)
         return
     parent, _, leaf = ours.rpartition(".")
@@ -1028,12 +1041,15 @@ def calibration(
     pixels, batches = [], []
     for number in range(samples):
         picture = pictures[number % len(pictures)]
-        pixels.append(processor.pixels([picture]))
+        views = processor.views([picture])
+        pixels.append(processor.pixels(views))
         features, salience = model.encode(pixels[-1])
-        index = salience[0].topk(math.ceil(salience.shape[1] / 4)).indices.sort().values
-        visual = model.project(features[:, index])[0]  # (V, E)
-        ids = processor.context([len(visual)])
-        ids += processor.question(prompts[number % len(prompts)], first=True)
+        keep = math.ceil(salience.shape[1] / 4)
+        index = salience.topk(keep).indices.sort().values[..., None]  # (views, keep, 1)
+        features = features.gather(1, index.expand(-1, -1, features.shape[2]))
+        visual = model.project(features).flatten(0, 1)  # (V, E)
+        ids = processor.context([keep] * len(views), views)
+        ids += processor.question(prompts[number % len(prompts)], first=True, views=views)
         asked = model.embed(ids, visual)
         answer = model.generate(asked, max_new_tokens=32)
         batches.append(torch.cat([asked, model.embed(answer)], 1))

@@ -2,21 +2,22 @@
 
     picture -> Processor -> VisionTower -> (features, salience) -> Projector -> Decoder -> text
 
-* `VisionTower`  CLIP: a class token, pre-norm blocks, learned positions. Beside the patch features
-                 it returns each patch's *salience*: the attention that the class token pays it.
-* `Projector`    two linear layers from the tower's width to the decoder's.
-* `Decoder`      Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its attention
-                 calls `cache.attend(layer, q, k, v)` and knows no more of what is cached or read.
+* `VisionTower`  CLIP (with a class token) and SigLIP: pre-norm blocks, learned positions. Beside
+                 patch features it returns each patch's *salience*: the attention it receives.
+* `Projector`    from the tower's width, or that of a block of merged patches, to the decoder's.
+* `Decoder`      Llama and Qwen2: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its
+                 attention calls `cache.attend(layer, q, k, v)` and knows no more of what is cached.
 * `KVCache`      the dense cache. SparseVILA's retrieval (sparsevila.py) is a subclass of it, and so
                  may your own method be: the decoder stays as it is.
 * `VLM`          the three together: encode, project, embed, forward, generate, from_pretrained.
 * `Processor`    pictures to pixels, text to token ids and back, in the family's own format.
 
-The family read today is LLaVA-1.5 (arXiv 2310.03744) in its Hugging Face folder layout.
+Families, in their own files' layout: LLaVA-1.5 (arXiv 2310.03744); SmolVLM and SmolVLM2 (arXiv
+2504.05299); VILA-1.5, LongVILA and NVILA-Lite (arXiv 2312.07533, 2408.10188, 2412.04468).
 
 Axes: B batch (1 wherever there is a cache), T tokens, E decoder width, C tower width, H query
 heads, G key/value heads (G divides H), D head size, M query rows, N key rows, V visual tokens,
-L decoder layers.
+L decoder layers, S edge of the tower's square pictures.
 """
 
 import json
@@ -26,15 +27,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageMath, ImageOps, ImageSequence, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from awq import W4A16Linear, W8A8Linear, group_size_of
@@ -42,10 +44,18 @@ from kernels import attention_colsum, decode_attention
 
 # --- configuration --------------------------------------------------------------------------------
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+
+class QuickGELU(nn.Module):
+    """CLIP's activation: x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
 }
 
 
@@ -57,11 +67,13 @@ class VisionConfig:
     mlp: int = 3072
     layers: int = 12
     heads: int = 12
-    image_size: int = 224
+    image_size: int = 224  # S
     patch_size: int = 32
     activation: str = "quick_gelu"
     eps: float = 1e-5
     feature_layer: int = -2  # index into [embeddings, after block 0, ..., after the last block]
+    class_token: bool = True  # CLIP; it comes with a norm before the blocks, and without patch bias
+    last_norm: bool = False  # SmolVLM: the features are normalised
 
     @property
     def patches(self) -> int:
@@ -81,9 +93,48 @@ class TextConfig:
     head_dim: int = 128  # D
     eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # positions are divided by it
     max_positions: int = 2048
     qkv_bias: bool = False
     tied: bool = False  # the output head is the embedding table
+
+
+# Towers by their model_type, with the defaults of Hugging Face's classes: hub files leave many out.
+_SIGLIP = VisionConfig(patch_size=16, activation="gelu_pytorch_tanh", eps=1e-6, class_token=False)
+_IDEFICS = replace(_SIGLIP, width=1152, heads=16, patch_size=32)
+TOWERS = {
+    "clip_vision_model": VisionConfig(),
+    "siglip_vision_model": _SIGLIP,
+    "idefics3": _IDEFICS,
+    "idefics3_vision": _IDEFICS,
+    "smolvlm_vision": _IDEFICS,
+}
+# Decoders likewise, but for what depends on other values of the file.
+DECODERS = {
+    "llama": TextConfig(),
+    "mistral": TextConfig(mlp=14336, kv_heads=8, max_positions=131072),
+    "qwen2": TextConfig(mlp=22016, max_positions=32768, qkv_bias=True),
+}
+# Families by the model_type of config.json, with the tower that is meant where none is named.
+FAMILIES = {
+    "llava": ("LLaVA", "clip_vision_model"),
+    "idefics3": ("SmolVLM", "idefics3_vision"),
+    "smolvlm": ("SmolVLM", "smolvlm_vision"),
+    "llava_llama": ("VILA", "siglip_vision_model"),
+    "llava_qwen2": ("VILA", "siglip_vision_model"),
+    "vila": ("VILA", "siglip_vision_model"),
+    "nvila": ("VILA", "siglip_vision_model"),
+    "nvila_lite": ("VILA", "siglip_vision_model"),
+}
+# Projectors by name: how many patches, along each side, are merged into one visual token.
+PROJECTORS = {
+    "linear": 1,
+    "mlp2x_gelu": 1,
+    "mlp_downsample": 2,
+    "mlp_downsample_2x2_fix": 2,
+    "mlp_downsample_fix": 2,
+    "mlp_downsample_3x3_fix": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -93,45 +144,107 @@ class Config:
     vision: VisionConfig
     text: TextConfig
     image_token_id: int = 32000
+    projector: str = "mlp2x_gelu"  # one of PROJECTORS
     projector_activation: str = "gelu"
     projector_bias: bool = True
+    merge: int = 1  # a visual token is a block of merge x merge patches
     stop_ids: tuple[int, ...] = (2,)
     dtype: torch.dtype = torch.float32  # of the stored weights
     group_size: int | None = None  # of the decoder's four-bit weights, if the files hold such
 
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of one picture (or tile)."""
+        return math.ceil(math.isqrt(self.vision.patches) / self.merge) ** 2
+
+    def token_boxes(self, edge: int) -> list[tuple[int, int, int, int]]:
+        """Where each visual token lies in a picture of edge x edge pixels: left, top, and the last
+        pixel inside on the right and below."""
+        side = math.isqrt(self.visual_tokens)
+        cell = edge * self.merge * self.vision.patch_size / self.vision.image_size
+        cuts = [min(round(i * cell), edge) for i in range(side + 1)]
+        boxes = [
+            (cuts[x], cuts[y], cuts[x + 1] - 1, cuts[y + 1] - 1)
+            for y in range(side)
+            for x in range(side)
+        ]
+        return [box for x in range(side) for box in boxes[x::side]] if self.by_columns else boxes
+
+    @property
+    def by_columns(self) -> bool:
+        """VILA's first projector leaves the merged tokens column by column; the "_fix" ones do
+        not."""
+        return self.projector == "mlp_downsample"
+
     @classmethod
     def from_folder(cls, folder: Path) -> "Config":
-        """Read config.json and, for the stop tokens, generation_config.json.
+        """Read config.json (of VILA's folder layout, one in each folder) and, for the stop tokens,
+        generation_config.json.
 
         Raises: FileNotFoundError without config.json; ValueError for a family, a size or an option
         that this file does not implement, naming it.
         """
-        raw = _read_json(folder / "config.json")
-        _family(folder, raw)
+        raw = read_config(folder)
+        family, _ = family_of(folder, raw)
         text = _text_config(raw)
-        dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"{folder}: dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        vision = _vision_config(raw)
+        own = {"LLaVA": "mlp2x_gelu", "SmolVLM": "linear", "VILA": raw.get("mm_projector_type")}
+        projector, smolvlm = own[family], family == "SmolVLM"
+        if projector not in list(PROJECTORS):
+            raise ValueError(
+                f"{folder}: mm_projector_type must be one of {', '.join(PROJECTORS)}, "
+                f"got {projector!r}"
+            )
         return cls(
-            vision=_vision_config(raw),
+            vision=vision,
             text=text,
-            image_token_id=_image_token_id(raw),
+            image_token_id=_image_token_id(raw, text.vocab),
+            projector=projector,
             projector_activation=_activation(raw, "projector_hidden_act", "gelu"),
-            projector_bias=_flag(raw, "multimodal_projector_bias", True),
+            projector_bias=_flag(raw, "multimodal_projector_bias", not smolvlm),
+            merge=_size(raw, "scale_factor", 2, most=64) if smolvlm else PROJECTORS[projector],
             stop_ids=_stop_ids(folder, raw),
-            dtype=getattr(torch, dtype),
+            dtype=_dtype(folder, raw),
             group_size=_group_size(folder, raw),
         )
 
 
-def _family(folder: Path, raw: dict) -> str:
-    """The model_type of a config.json, if it is one that this file reads."""
-    family = raw.get("model_type")
-    if family not in list(PROMPTS):  # a list, for what cannot be hashed
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. In VILA's layout the parts have folders and files of their own
+    (llm/, vision_tower/, mm_projector/): they stand where other families write them."""
+    raw = _read_json(folder / "config.json")
+    if (folder / "llm").is_dir():
+        tower = _read_json(folder / "vision_tower" / "config.json")
+        raw |= {
+            "text_config": _read_json(folder / "llm" / "config.json"),
+            "vision_config": tower.get("vision_config", tower),
+            **_read_json(folder / "mm_projector" / "config.json", only="mm_projector_type"),
+        }
+    return raw
+
+
+def family_of(folder: Path, raw: dict) -> tuple[str, str]:
+    """Family of a config.json, one of FAMILIES, and the tower that it means by default."""
+    kind = raw.get("model_type")
+    if kind not in list(FAMILIES):  # a list, for what cannot be hashed
         raise ValueError(
-            f"{folder}: model_type {family!r} is not supported, accepted: {', '.join(PROMPTS)}"
+            f"{folder}: model_type {kind!r} is not supported, accepted: {', '.join(FAMILIES)}"
         )
-    return family
+    scales = [key for key in ("s2", "dynamic_s2") if raw.get(key)]
+    if scales or "s2" in str(raw.get("image_aspect_ratio")):
+        raise ValueError(f"{folder}: dynamic_s2, features of several scales, is not supported")
+    return FAMILIES[kind]
+
+
+def _dtype(folder: Path, raw: dict) -> torch.dtype:
+    places = raw.get("torch_dtype"), raw.get("dtype"), raw.get("model_dtype")
+    text = raw["text_config"]
+    places += text.get("torch_dtype"), text.get("dtype")
+    name = next((place for place in places if place is not None), "float32")
+    accepted = ("float32", "float16", "bfloat16")
+    if not isinstance(name, str) or name.removeprefix("torch.") not in accepted:
+        raise ValueError(f"{folder}: dtype must be one of {', '.join(accepted)}, got {name!r}")
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def _group_size(folder: Path, raw: dict) -> int | None:
@@ -146,21 +259,32 @@ def _group_size(folder: Path, raw: dict) -> int | None:
 
 
 def _vision_config(raw: dict) -> VisionConfig:
+    family, kind = FAMILIES[raw["model_type"]]
     section = _section(raw, "vision_config")
-    strategy = raw.get("vision_feature_select_strategy", "default")
-    if strategy != "default":
-        raise ValueError(f"vision_feature_select_strategy must be 'default', got {strategy!r}")
-    vision = VisionConfig(
-        width=_size(section, "hidden_size", 768),
-        mlp=_size(section, "intermediate_size", 3072),
-        layers=_size(section, "num_hidden_layers", 12, most=1000),
-        heads=_size(section, "num_attention_heads", 12),
-        image_size=_size(section, "image_size", 224, most=2**16),
-        patch_size=_size(section, "patch_size", 32),
-        activation=_activation(section, "hidden_act", "quick_gelu"),
-        eps=_number(section, "layer_norm_eps", 1e-5),
-        feature_layer=raw.get("vision_feature_layer", -2),
+    kind = section.get("model_type", kind)
+    if kind not in list(TOWERS):
+        raise ValueError(f"vision model_type must be one of {', '.join(TOWERS)}, got {kind!r}")
+    default, smolvlm = TOWERS[kind], family == "SmolVLM"
+    layer = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2))
+    vision = replace(
+        default,
+        width=_size(section, "hidden_size", default.width),
+        mlp=_size(section, "intermediate_size", default.mlp),
+        layers=_size(section, "num_hidden_layers", default.layers, most=1000),
+        heads=_size(section, "num_attention_heads", default.heads),
+        image_size=_size(section, "image_size", default.image_size, most=2**16),
+        patch_size=_size(section, "patch_size", default.patch_size),
+        activation=_activation(section, "hidden_act", default.activation),
+        eps=_number(section, "layer_norm_eps", default.eps),
+        feature_layer=-1 if smolvlm else layer,
+        last_norm=smolvlm,
     )
+    # LLaVA and VILA have words of their own for "without" and "with the first token".
+    accepted = ("default", "patch") if vision.class_token else ("full", "cls_patch")
+    for key in ("vision_feature_select_strategy", "mm_vision_select_feature"):
+        default_word = "default" if family == "LLaVA" and key.startswith("vision") else accepted[0]
+        if (word := raw.get(key, default_word)) not in accepted:
+            raise ValueError(f"{key} must be one of {', '.join(accepted)}, got {word!r}")
     if vision.width % vision.heads:
         raise ValueError(f"vision width {vision.width} is not a multiple of {vision.heads} heads")
     if vision.patch_size > vision.image_size:
@@ -178,34 +302,40 @@ def _vision_config(raw: dict) -> VisionConfig:
 
 def _text_config(raw: dict) -> TextConfig:
     section = _section(raw, "text_config")
-    family = section.get("model_type", "llama")
-    if family not in ("llama", "mistral", "qwen2"):
-        raise ValueError(f"text model_type must be llama, mistral or qwen2, got {family!r}")
-    if section.get("sliding_window") and section.get("use_sliding_window", family == "mistral"):
+    kind = section.get("model_type", "llama")
+    if kind not in list(DECODERS):
+        raise ValueError(f"text model_type must be one of {', '.join(DECODERS)}, got {kind!r}")
+    default = DECODERS[kind]
+    if section.get("sliding_window") and section.get("use_sliding_window", kind == "mistral"):
         raise ValueError("sliding-window attention is not supported")
     if section.get("hidden_act", "silu") != "silu":
         raise ValueError(f"the decoder's hidden_act must be 'silu', got {section['hidden_act']!r}")
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
-    if rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
-        raise ValueError(f"rope scaling is not supported, got {rope!r}")
-    width = _size(section, "hidden_size", 4096)
-    heads = _size(section, "num_attention_heads", 32)
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling not in ("default", "linear") or (scaling == "default" and "factor" in rope):
+        raise ValueError(f"rope scaling must be 'default' or 'linear', got {rope!r}")
+    factor = _number(rope, "factor", None) if scaling == "linear" else 1.0
+    width = _size(section, "hidden_size", default.width)
+    heads = _size(section, "num_attention_heads", default.heads)
     text = TextConfig(
-        vocab=_size(section, "vocab_size", 32000),
+        vocab=_size(section, "vocab_size", default.vocab),
         width=width,
-        mlp=_size(
-            section, "intermediate_size", {"llama": 11008, "mistral": 14336}.get(family, 22016)
-        ),
-        layers=_size(section, "num_hidden_layers", 32, most=1000),
+        mlp=_size(section, "intermediate_size", default.mlp),
+        layers=_size(section, "num_hidden_layers", default.layers, most=1000),
         heads=heads,
-        kv_heads=_size(section, "num_key_value_heads", 8 if family == "mistral" else heads),
+        kv_heads=_size(
+            section, "num_key_value_heads", heads if kind == "llama" else default.kv_heads
+        ),
         head_dim=_size(section, "head_dim", width // heads),
-        eps=_number(section, "rms_norm_eps", 1e-6),
-        rope_theta=_number(section | rope, "rope_theta", 10000.0),
-        max_positions=_size(section, "max_position_embeddings", 2048),
-        qkv_bias=family == "qwen2",
+        eps=_number(section, "rms_norm_eps", default.eps),
+        rope_theta=_number(section | rope, "rope_theta", default.rope_theta),
+        rope_factor=factor,
+        max_positions=int(
+            _size(section, "max_position_embeddings", default.max_positions, most=2**28) * factor
+        ),
+        qkv_bias=default.qkv_bias,
         tied=_flag(raw, "tie_word_embeddings", False)
         or _flag(section, "tie_word_embeddings", False),
     )
@@ -217,8 +347,10 @@ def _text_config(raw: dict) -> TextConfig:
     return text
 
 
-def _image_token_id(raw: dict) -> int:
-    token = raw.get("image_token_index", raw.get("image_token_id", 32000))
+def _image_token_id(raw: dict, vocab: int) -> int:
+    """The placeholder of a visual token. VILA's stand beyond the table of embeddings."""
+    default = {"LLaVA": 32000, "SmolVLM": 128257, "VILA": vocab}[FAMILIES[raw["model_type"]][0]]
+    token = raw.get("image_token_index", raw.get("image_token_id", default))
     if type(token) is not int or not 0 <= token < 2**31:
         raise ValueError(f"image_token_index must be an integer in [0, 2**31), got {token!r}")
     return token
@@ -226,8 +358,8 @@ def _image_token_id(raw: dict) -> int:
 
 def _stop_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     """End-of-text ids, from the first place that names them."""
-    generation = folder / "generation_config.json"
-    places = [_read_json(generation)] if generation.exists() else []
+    files = [part / "generation_config.json" for part in (folder, folder / "llm")]
+    places = [_read_json(file) for file in files if file.exists()]
     places += [raw, raw["text_config"], {"eos_token_id": 2}]
     ids = next(p["eos_token_id"] for p in places if p.get("eos_token_id") is not None)
     ids = ids if isinstance(ids, list) else [ids]
@@ -250,7 +382,7 @@ def _size(section: dict, key: str, default: int, most: int = 2**24) -> int:
     return value
 
 
-def _number(section: dict, key: str, default: float) -> float:
+def _number(section: dict, key: str, default: float | None) -> float:
     value = section.get(key, default)
     if type(value) not in (int, float) or not 0 < value < 2**127:
         raise ValueError(f"{key} must be a positive number, got {value!r}")
@@ -395,6 +527,30 @@ def token_salience(q: Tensor, k: Tensor, summary_tokens: int) -> Tensor:
     return salience[:, summary_tokens:]
 
 
+def merge_patches(x: Tensor, side: int, *, by_columns: bool = False) -> Tensor:
+    """One row for every block of side x side patches ("space to depth", "pixel shuffle").
+
+    x (images, n * n, C), row by row -> (images, k * k, side * side * C), k = ceil(n / side), row by
+    row or, `by_columns`, column by column. A row holds the block's patches row by row; patches
+    beyond the edge are zeros.
+    """
+    n = math.isqrt(x.shape[1])
+    k = math.ceil(n / side)
+    beyond = k * side - n
+    x = F.pad(x.unflatten(1, (n, n)), (0, 0, 0, beyond, 0, beyond))
+    blocks = x.unflatten(2, (k, side)).unflatten(1, (k, side))  # (images, k, side, k, side, C)
+    order = (0, 3, 1, 2, 4, 5) if by_columns else (0, 1, 3, 2, 4, 5)
+    return blocks.permute(order).flatten(3).flatten(1, 2)
+
+
+def merge_salience(salience: Tensor, side: int, *, by_columns: bool = False) -> Tensor:
+    """Salience (images, k * k) of merged tokens: the mean over the real patches of each block, of
+    salience (images, n * n). The paper leaves open how; this is our choice."""
+    blocks = merge_patches(salience[..., None], side, by_columns=by_columns)
+    real = merge_patches(torch.ones_like(salience[:1, :, None]), side, by_columns=by_columns)
+    return blocks.sum(-1) / real.sum(-1)
+
+
 class VisionAttention(nn.Module):
     """Multi-head attention without a mask. x (images, T, C) -> (images, T, C)."""
 
@@ -412,8 +568,9 @@ class VisionAttention(nn.Module):
         q, k = self.q_proj(x), self.k_proj(x)
         return tuple(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k = self.query_key(x)
+    def forward(self, x: Tensor, query_key: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """query_key: of x, if known already."""
+        q, k = query_key or self.query_key(x)
         v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -422,7 +579,7 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]()
         self.fc1 = nn.Linear(config.width, config.mlp)
         self.fc2 = nn.Linear(config.mlp, config.width)
 
@@ -438,61 +595,85 @@ class VisionBlock(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.width, config.eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.self_attn.query_key(self.layer_norm1(x))
+
+    def forward(self, x: Tensor, query_key: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), query_key)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionTower(nn.Module):
-    """CLIP's vision transformer. pixels (images, 3, S, S) -> features (images, patches, C) of the
-    layer that feeds the projector, and salience (images, patches) float32 from the last layer's
-    attention."""
+    """CLIP's or SigLIP's vision transformer. pixels (images, 3, S, S) -> features (images, patches,
+    C) of the layer that feeds the projector, and salience (images, patches) float32 from the last
+    layer's attention."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         C, p = config.width, config.patch_size
         self.feature_layer = config.feature_layer % (config.layers + 1)
-        self.class_embedding = nn.Parameter(torch.randn(C))
-        self.patch_embedding = nn.Conv2d(3, C, kernel_size=p, stride=p, bias=False)
-        self.position_embedding = nn.Embedding(1 + config.patches, C)
-        self.pre_layrnorm = nn.LayerNorm(C, config.eps)  # the checkpoints spell it so
+        self.summary_tokens = int(config.class_token)
+        if config.class_token:
+            self.class_embedding = nn.Parameter(torch.randn(C))
+            self.pre_layrnorm = nn.LayerNorm(C, config.eps)  # the checkpoints spell it so
+        self.patch_embedding = nn.Conv2d(3, C, kernel_size=p, stride=p, bias=not config.class_token)
+        self.position_embedding = nn.Embedding(self.summary_tokens + config.patches, C)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.layers))
+        if config.last_norm:
+            self.post_layernorm = nn.LayerNorm(C, config.eps)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Class token and patches with their positions, (images, 1 + patches, C)."""
-        patches = self.patch_embedding(pixels).flatten(2).mT  # (images, patches, C)
+        """Class token, if there is one, and patches with their positions, (images, T, C)."""
+        x = self.patch_embedding(pixels).flatten(2).mT  # (images, patches, C)
+        if not self.summary_tokens:
+            return x + self.position_embedding.weight
         summary = self.class_embedding.expand(len(pixels), 1, -1)
-        x = torch.cat([summary, patches], 1) + self.position_embedding.weight
-        return self.pre_layrnorm(x)
+        return self.pre_layrnorm(torch.cat([summary, x], 1) + self.position_embedding.weight)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (images, 3, S, S) -> features (images, patches, C), salience (images, patches)."""
         x = self.embed(pixels)
-        before_last = len(self.layers) - 1
-        states = {0: x}  # by depth; only the two that are needed are kept
-        # The last block runs only if its output is asked for: salience needs no more of it than q
-        # and k.
-        for depth in range(1, max(self.feature_layer, before_last) + 1):
-            x = self.layers[depth - 1](x)
-            if depth in (self.feature_layer, before_last):
-                states[depth] = x
-        last = self.layers[-1]
-        q, k = last.self_attn.query_key(last.layer_norm1(states[before_last]))
-        return states[self.feature_layer][:, 1:], token_salience(q, k, summary_tokens=1)
+        features, last = x, self.layers[-1]
+        for depth, block in enumerate(self.layers[:-1], 1):
+            x = block(x)
+            if depth == self.feature_layer:
+                features = x
+        query_key = last.query_key(x)  # all of the last block that the salience needs
+        if self.feature_layer == len(self.layers):
+            features = last(x, query_key)
+            if hasattr(self, "post_layernorm"):
+                features = self.post_layernorm(features)
+        salience = token_salience(*query_key, self.summary_tokens)
+        return features[:, self.summary_tokens :], salience
 
 
 class Projector(nn.Module):
-    """LLaVA-1.5's two-layer perceptron. features (..., C) -> (..., E)."""
+    """Features (..., merge * merge * C) to visual tokens (..., E): the perceptrons of PROJECTORS.
+
+    In VILA's files layer 0 of the downsampling ones merges patches. `VLM.encode` has done it here,
+    so that pruning comes before the projector's work.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        C, E, bias = config.vision.width, config.text.width, config.projector_bias
-        self.activation = ACTIVATIONS[config.projector_activation]
-        self.linear_1 = nn.Linear(C, E, bias=bias)
-        self.linear_2 = nn.Linear(E, E, bias=bias)
+        C, E, activation = config.vision.width, config.text.width, config.projector_activation
+        merged, activation = config.merge**2 * C, ACTIVATIONS[activation]
+        linear = partial(nn.Linear, bias=config.projector_bias)
+        if config.projector == "linear":
+            layers = [linear(merged, E)]
+        elif config.projector == "mlp2x_gelu":
+            layers = [linear(merged, E), activation(), linear(E, E)]
+        elif config.projector == "mlp_downsample_3x3_fix":
+            narrow = [nn.LayerNorm(merged), linear(merged, 3 * C), activation()]
+            widen = [nn.LayerNorm(3 * C), linear(3 * C, E), activation(), linear(E, E)]
+            layers = [nn.Identity(), *narrow, *widen]
+        else:
+            widen = [nn.LayerNorm(merged), linear(merged, E), activation(), linear(E, E)]
+            layers = [nn.Identity(), *widen]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(features)))
+        return self.layers(features)
 
 
 # --- decoder --------------------------------------------------------------------------------------
@@ -507,12 +688,13 @@ def attend_uncached(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotary_table(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., T, D) float32 of the angles position * theta^(-2i/D), i = 0 .. D/2 - 1, at
-    positions (..., T). Each angle stands twice: pair i is the elements i and i + D/2 (the "halves"
-    layout of Llama checkpoints in Hugging Face's format)."""
+    """cos and sin (..., T, D) float32 of the angles position * theta^(-2i/D) / factor, at positions
+    (..., T), i = 0 .. D/2 - 1. Each angle stands twice: pair i is the elements i and i + D/2 (the
+    "halves" layout of Llama checkpoints in Hugging Face's format)."""
     D = config.head_dim
     exponent = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
-    angles = positions[..., None].float() * config.rope_theta**-exponent  # (..., T, D/2)
+    frequency = config.rope_theta**-exponent / config.rope_factor  # (D/2,)
+    angles = positions[..., None].float() * frequency  # (..., T, D/2)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
@@ -571,7 +753,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Llama: token embeddings, blocks, a last norm."""
+    """Llama, or Qwen2: token embeddings, blocks, a last norm."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -666,8 +848,9 @@ class VLM(nn.Module):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Run the vision tower on pixels (images, 3, S, S).
 
-        Returns: features (images, n, C) as the projector wants them, and salience (images, n)
-        float32, one score per token that `project` will return (here n = patches).
+        Returns: features (images, n, merge * merge * C) as the projector wants them, and salience
+        (images, n) float32, one score per token that `project` will return; without merging n is
+        the number of patches.
         Raises: ValueError for pixels of another size than the tower's.
         """
         S = self.config.vision.image_size
@@ -675,12 +858,14 @@ class VLM(nn.Module):
             raise ValueError(f"pixels must be (images, 3, {S}, {S}), got {tuple(pixels.shape)}")
         batches = pixels.split(self.ENCODE_BATCH)
         parts = [self.vision_tower(batch.to(self.device, self.dtype)) for batch in batches]
-        features, salience = zip(*parts)
-        return torch.cat(features), torch.cat(salience)
+        features, salience = (torch.cat(part) for part in zip(*parts))
+        merge, by_columns = self.config.merge, self.config.by_columns
+        features = merge_patches(features, merge, by_columns=by_columns)
+        return features, merge_salience(salience, merge, by_columns=by_columns)
 
     @torch.no_grad()
     def project(self, features: Tensor) -> Tensor:
-        """Project features (images, n, C) to visual tokens (images, n, E)."""
+        """Project features (images, n, merge * merge * C) to visual tokens (images, n, E)."""
         return self.projector(features)
 
     @torch.no_grad()
@@ -859,33 +1044,43 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 # --- loading --------------------------------------------------------------------------------------
 
-# Checkpoint names to ours, first match wins; None: known, and not needed. Hub files write
-# `language_model.model.`, models saved from transformers' memory `model.language_model.`.
-NAMES: list[tuple[str, str | None]] = [
-    (r"(.*\.)?rotary_emb\.inv_freq", None),
-    (r"(.*\.)?position_ids", None),
-    (r"(model\.)?vision_tower\.(vision_model\.)?post_layernorm\..*", None),  # after the last layer
-    (
-        r"(model\.)?vision_tower\.(vision_model\.)?(?:embeddings\.|encoder\.)?(.*)",
-        r"vision_tower.\3",
-    ),
-    (r"(model\.)?multi_modal_projector\.(.*)", r"projector.\2"),
-    (r"(language_model\.)?lm_head\.(.*)", r"lm_head.\2"),
-    (r"(language_model\.model|model\.language_model)\.(.*)", r"decoder.\2"),
+# How checkpoint names begin, and how ours do; first match wins. Among them are the names of files
+# on the hub and those that newer transformers hold in memory. In VILA's layout the name of the
+# folder comes before the tensor's.
+NAMES = [
+    (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.layers.0."),  # LLaVA
+    (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.layers.2."),
+    (r"(model\.)?connector\.modality_projection\.proj\.", "projector.layers.0."),  # SmolVLM
+    (r"mm_projector\.layers\.(?=weight|bias)", "projector.layers.0."),  # VILA
+    (r"mm_projector\.", "projector."),
+    (r"(model\.)?((vision_tower|vision_model)\.)+((embeddings|encoder)\.)?", "vision_tower."),
+    (r"((language_model|llm)\.)?lm_head\.", "lm_head."),
+    (r"(language_model\.model|llm\.model|model\.(language_model|text_model))\.", "decoder."),
 ]
+# Known, and of use to some models only: tables of positions, what follows a tower's last layer.
+OPTIONAL = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)|vision_tower\.(post_layernorm|head)\..*"
+PARTS = ("llm", "vision_tower", "mm_projector")  # folders of VILA's layout
 
 
-def our_name(name: str) -> str | None:
-    """The name of a checkpoint's tensor in `VLM`, None if it is not needed, itself if unknown."""
+def our_name(name: str) -> str:
+    """The name in `VLM` of a checkpoint's tensor; itself if it is unknown."""
     for pattern, ours in NAMES:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours) if ours else None
+        if match := re.match(pattern, name):
+            return ours + name[match.end() :]
     return name
 
 
+def not_needed(ours: str, model: nn.Module) -> bool:
+    """Whether a tensor is known to be of no use to this model."""
+    if not re.fullmatch(OPTIONAL, ours):
+        return False
+    path, _, leaf = ours.rpartition(".")
+    return path not in dict(model.named_modules()) or not hasattr(model.get_submodule(path), leaf)
+
+
 def fetch(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one as it is, or a hub repository's JSON and safetensors
-    files through huggingface_hub's cache. `revision` applies to the hub only.
+    """The folder of a checkpoint: a local one as it is, or a hub repository's safetensors, JSON and
+    tokenizer files through huggingface_hub's cache. `revision` applies to the hub only.
 
     Raises: FileNotFoundError if there is neither; ValueError for a file.
     """
@@ -901,10 +1096,12 @@ def fetch(path_or_repo: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["*.json", "*.safetensors"]
+        files = ["*.json", "*.safetensors", "*merges.txt"]
         return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=files))
     except Exception as error:  # besides the hub's errors those of proxies, addresses, the disk
         reason = " ".join(str(error).split()) or type(error).__name__
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            reason += " Log in with `hf auth login`, or set HF_TOKEN."
         raise FileNotFoundError(
             f"no folder {path_or_repo}, and no repository of that name from the hub: {reason}"
         ) from error
@@ -923,7 +1120,8 @@ def _pick_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, only: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file; `only` this key of it, if it is there."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
@@ -932,11 +1130,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    return {key: value[key] for key in value if only in (None, key)}
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or all there are."""
+def weight_files(folder: Path) -> dict[Path, str]:
+    """The safetensors files of a checkpoint, and what stands before the names of their tensors:
+    nothing or, in VILA's layout, the name of the file's folder and a dot."""
+    if (folder / "llm").is_dir():
+        return {file: f"{part}." for part in PARTS for file in _weight_files(folder / part)}
+    return dict.fromkeys(_weight_files(folder), "")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's index names, or all there are."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
@@ -968,16 +1174,16 @@ def _fill(model: VLM, folder: Path, device: torch.device, dtype: torch.dtype) ->
     # A head stored in the files wins over the configuration's word that it is tied.
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     files = weight_files(folder)
-    for file in files:
+    for file, prefix in files.items():
         with _weights(file) as tensors:
-            _make_quantised(model, [our_name(name) for name in tensors.keys()])
+            _make_quantised(model, [our_name(prefix + name) for name in tensors.keys()])
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
     filled: dict[str, str] = {}
-    for file in files:
+    for file, prefix in files.items():
         with _weights(file) as tensors:
             for name in tensors.keys():
-                ours = our_name(name)
-                if ours is None:
+                ours = our_name(prefix + name)
+                if not_needed(ours, model):
                     continue
                 shape = tuple(tensors.get_slice(name).get_shape())
                 _check_tensor(file, name, ours, shape, wanted, filled)
@@ -1005,11 +1211,11 @@ def _weights(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
 
 
-def _make_quantised(model: VLM, names: list[str | None]) -> None:
+def _make_quantised(model: VLM, names: list[str]) -> None:
     """Replace the Linears whose tensors in a file are quantised, and only those: lists of modules
     in configurations are often out of date."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in filter(None, names):
+    for name in names:
         path, _, leaf = name.rpartition(".")
         if path not in linears or leaf not in ("qweight", "weight_scale"):
             continue
@@ -1070,37 +1276,6 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 # --- pictures and text ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A family's prompt. Special tokens are written as text; {image}, {n} and {question} are filled
-    in.
-
-    The context is `start`, then the pictures separated by `separator`; it is read once. `first`
-    follows it for a question right after the context, `next` for one after an answer.
-    """
-
-    start: str
-    image: str  # a single picture
-    frame: str  # one of several, {n} counts from 1
-    separator: str
-    first: str
-    next: str
-
-
-PLACES = {"image": "{image}", "frame": "{image}", "first": "{question}", "next": "{question}"}
-
-PROMPTS = {
-    "llava": Prompt(
-        start="USER: ",
-        image="{image}",
-        frame="{image}",
-        separator="\n",
-        first="\n{question} ASSISTANT:",
-        next="</s>USER: {question} ASSISTANT:",
-    ),
-}
-
-
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
@@ -1119,16 +1294,18 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
         return _upright_rgb(image)
 
 
-def open_clip(path: str | Path) -> list[Image.Image]:
-    """The frames of an animated picture, each as `open_picture` gives it. Raises: as there."""
-    frames = []
+def open_clip(path: str | Path) -> tuple[list[Image.Image], float | None]:
+    """The frames of an animated picture, each as `open_picture` gives it, and how many there are in
+    a second, None if the file does not say. Raises: as there."""
+    frames, milliseconds = [], 0
     with _opened(path) as animation:
         for frame in ImageSequence.Iterator(animation):
             limit = Image.MAX_IMAGE_PIXELS  # Pillow itself checks the first frame only
             if limit and frame.width * frame.height > limit:
                 raise Image.DecompressionBombError(f"frame {len(frames) + 1} exceeds limit {limit}")
             frames.append(_upright_rgb(frame))
-    return frames
+            milliseconds += frame.info.get("duration", 0)
+    return frames, 1000 * len(frames) / milliseconds if milliseconds else None
 
 
 @contextmanager
@@ -1172,20 +1349,49 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class View(NamedTuple):
+    """What the vision tower sees at once: a picture, or a tile of one."""
+
+    picture: Image.Image  # S x S
+    number: int = 0  # of the picture among all that are shown
+    rows: int = 0  # of tiles in that picture, and
+    columns: int = 0  # columns; 0 if it is not cut into tiles
+    row: int = 0  # of this tile, from 1, and
+    column: int = 0  # column; 0 if this is the whole picture
+    second: float | None = None  # of a frame: when it comes in its clip, and
+    duration: float | None = None  # how many seconds the clip has
+
+
 class Processor:
-    """Pictures to pixels and text to token ids, as the checkpoint was trained with.
+    """Pictures to pixels and text to token ids, as LLaVA-1.5 was trained with; other families are
+    subclasses.
 
     Text from users is encoded by a tokenizer that knows no special tokens: "<image>" or "</s>" in a
     question is text, never a command.
+
+    A template is a conversation of two turns: {image} stands for all pictures, {question} for a
+    question, {answer} for the generated text without its stop token. Special tokens are written as
+    text.
     """
 
+    template = "USER: {image}\n{question} ASSISTANT:{answer}</s>USER: {question} ASSISTANT:"
+    frame = "{image}"  # one of several pictures; {n} counts from 1
+    default_resample, default_mean, default_std = 3, CLIP_MEAN, CLIP_STD  # 3: bicubic
+    steps: tuple[str, ...] = ("do_center_crop",)  # settings that must not be off
+    size_key = "crop_size"  # the setting that holds the edge of a view
+
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Prompt, image_token_id: int, image_config: dict
+        self,
+        tokenizer: Tokenizer,
+        image_token_id: int,
+        settings: dict,
+        template: str | None = None,
+        frame: str | None = None,
     ):
+        """settings: of preprocessor_config.json, and VILA's of config.json."""
         tokenizer.no_truncation()  # a checkpoint may carry its training's settings
         tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self.prompt = prompt
         self.image_token_id = image_token_id
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         longest_first = sorted(filter(None, added), key=len, reverse=True)
@@ -1193,102 +1399,135 @@ class Processor:
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self._plain = Tokenizer.from_str(json.dumps(plain))
         self._begin = tokenizer.encode("").ids  # the begin-of-text token, where the family has one
-        for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-            if not _flag(image_config, step, True):
+        self.set_template(self.template if template is None else template)
+        self.frame = self.frame if frame is None else frame
+        if not isinstance(self.frame, str) or self.frame.count("{image}") != 1:
+            raise ValueError(f"the text of a frame must hold one {{image}}, got {frame!r}")
+        for step in ("do_resize", "do_rescale", "do_normalize", *self.steps):
+            if not _flag(settings, step, True):
                 raise ValueError(f"{step} in preprocessor_config.json must be true, got false")
-        self.image_size = _edge(image_config, "crop_size", {"height", "width"})
-        self.resize_edge = _edge(image_config, "size", {"shortest_edge"})
-        resample = image_config.get("resample", 3)
+        resample = settings.get("resample", self.default_resample)
         if type(resample) is not int or not 0 <= resample <= 5:
             raise ValueError(
                 f"resample in preprocessor_config.json must be in [0, 5], got {resample!r}"
             )
         self.resample = Image.Resampling(resample)
-        self.rescale = _number(image_config, "rescale_factor", 1 / 255)
-        self.mean = _per_channel(image_config, "image_mean", CLIP_MEAN)
-        self.std = _per_channel(image_config, "image_std", CLIP_STD)
+        self.rescale = _number(settings, "rescale_factor", 1 / 255)
+        self.mean = _per_channel(settings, "image_mean", self.default_mean)
+        self.std = _per_channel(settings, "image_std", self.default_std)
+        self.read_settings(settings)
+
+    def read_settings(self, settings: dict) -> None:
+        """The family's own settings, and `image_size`, the edge of a view."""
+        self.image_size = _edge(settings, self.size_key, {"height", "width"})
+        self.resize_edge = _edge(settings, "size", {"shortest_edge"})
+        self.pad = _flag(settings, "do_pad", False)
+
+    def set_template(self, template: str) -> None:
+        """Raises: ValueError for a template that is not a conversation of two turns."""
+        form = r"(.*)\{image\}(.*)\{question\}(.*)\{answer\}(.*)\{question\}(.*)"
+        found = isinstance(template, str) and re.fullmatch(form, template, re.DOTALL)
+        used = re.findall(r"\{(?:image|question|answer)\}", template) if found else []
+        if len(used) != 4:
+            raise ValueError(
+                "a prompt template must hold {image}, {question}, {answer} and {question}, in this "
+                f"order, each once, got {template!r}"
+            )
+        self._start, self._lead, self._reply, self._close, self._last = found.groups()
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | Path, *, revision: str | None = None
+        cls, path_or_repo: str | Path, *, revision: str | None = None, template: str | None = None
     ) -> "Processor":
-        """Read tokenizer.json, preprocessor_config.json and config.json of a checkpoint.
+        """Read the tokenizer, preprocessor_config.json and config.json of a checkpoint.
 
-        A `prompt` object in config.json replaces fields of the family's prompt (see `Prompt`).
-        Raises: FileNotFoundError and ValueError, naming what was found.
+        template: in place of the family's. A `prompt` object in config.json may hold `template`
+        and `frame` as well. Raises: FileNotFoundError and ValueError, naming what was found.
         """
         folder = fetch(path_or_repo, revision)
-        raw = _read_json(folder / "config.json")
-        fields, changes = vars(PROMPTS[_family(folder, raw)]), raw.get("prompt", {})
-        if not isinstance(changes, dict) or not all(
-            key in fields and isinstance(text, str) for key, text in changes.items()
-        ):
+        raw, config = read_config(folder), Config.from_folder(folder)
+        family, _ = family_of(folder, raw)
+        texts = raw.get("prompt", {})
+        if not isinstance(texts, dict) or not texts.keys() <= {"template", "frame"}:
             raise ValueError(
-                f"{folder}: prompt in config.json must hold texts for some of {', '.join(fields)}, "
-                f"got {changes!r}"
+                f"{folder}: prompt in config.json must hold texts for template or frame, "
+                f"got {texts!r}"
             )
-        prompt = Prompt(**fields | changes)
-        for field, word in PLACES.items():
-            if getattr(prompt, field).count(word) != 1:
-                raise ValueError(f"{folder}: prompt {field} must hold one {word}, got {changes!r}")
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}")
+        if template is not None:
+            texts = texts | {"template": template}
+        kind = {"LLaVA": Processor, "SmolVLM": SmolVLMProcessor, "VILA": VILAProcessor}[family]
+        settings = _image_settings(folder) | {key: raw[key] for key in VILA_KEYS if key in raw}
         try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{file} is damaged: {error}") from None
-        image_config = _read_json(folder / "preprocessor_config.json")
-        processor = cls(tokenizer, prompt, _image_token_id(raw), image_config)
-        size = _vision_config(raw).image_size
-        if processor.image_size != size:
+            processor = kind(read_tokenizer(folder), config.image_token_id, settings, **texts)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        if processor.image_size != config.vision.image_size:
             raise ValueError(
-                f"{folder}: crop_size must be the tower's image_size {size}, "
-                f"got {processor.image_size}"
+                f"{folder}: {processor.size_key} must be the tower's image_size "
+                f"{config.vision.image_size}, got {processor.image_size}"
             )
         return processor
 
-    def pixels(self, images: list[Image.Image]) -> Tensor:
-        """Upright RGB pictures -> (images, 3, S, S) float32: the shorter side resized to the
-        model's size, the centre cut out, values scaled and normalised per channel."""
-        return torch.stack([self._normalise(self.square(image)) for image in images])
+    # --- pictures
 
-    def square(self, image: Image.Image) -> Image.Image:
-        """What the model sees of a picture: the shorter side resized, then the centre cut out, as
-        CLIP's processor does it in Pillow. Raises: ValueError for one so narrow that resizing would
-        explode."""
-        short = min(image.size)
-        size = tuple(int(self.resize_edge * side / short) for side in image.size)
-        if Image.MAX_IMAGE_PIXELS and math.prod(size) > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"a picture of {image.width} x {image.height} is too narrow: "
-                f"it would be resized to {size[0]} x {size[1]}"
-            )
-        image = image.resize(size, self.resample)
+    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
+        """What the model sees of upright RGB pictures, in order.
+
+        fps: None for separate pictures; for the frames of a clip, how many there are in a second. A
+        family may then take some of the frames. LLaVA-1.5 knows no clips: all are pictures.
+        """
+        return [View(self._square(picture), number) for number, picture in enumerate(pictures)]
+
+    def pixels(self, pictures: list[Image.Image] | list[View]) -> Tensor:
+        """Pictures, or their views -> (views, 3, S, S) float32, scaled and normalised per
+        channel."""
+        views = pictures if isinstance(pictures[0], View) else self.views(pictures)
+        return torch.stack([self._normalise(view.picture) for view in views])
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        """The shorter side resized to the model's size, then the centre cut out, as CLIP's
+        processor does it in Pillow."""
+        if self.pad:
+            picture = _pad_to_square(picture, self.mean)
+        short = min(picture.size)
+        size = tuple(int(self.resize_edge * side / short) for side in picture.size)
+        picture = _resized(picture, size, self.resample)
         left, top = ((side - self.image_size) // 2 for side in size)
-        return image.crop((left, top, left + self.image_size, top + self.image_size))
+        return picture.crop((left, top, left + self.image_size, top + self.image_size))
 
     def _normalise(self, image: Image.Image) -> Tensor:
         raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         x = raw.view(image.height, image.width, 3).permute(2, 0, 1)
         return ((x.double() * self.rescale).float() - self.mean) / self.std
 
-    def context(self, visual_tokens: list[int]) -> list[int]:
-        """Token ids of everything before the first question, with `image_token_id` repeated as
-        often as each picture has visual tokens."""
-        one = len(visual_tokens) == 1
-        form = self.prompt.image if one else self.prompt.frame
-        frames = [form.replace("{n}", str(n + 1)) for n in range(len(visual_tokens))]
-        text = self.prompt.start + self.prompt.separator.join(frames)
-        before, *after = text.split("{image}")
+    # --- text
+
+    end_of_view: tuple[int, ...] = ()  # token ids that follow the visual tokens of every view
+
+    def _text(self, views: list[View]) -> str:
+        """The text that stands for the views, {image} for each."""
+        if len(views) == 1:
+            return "{image}"
+        frames = [self.frame.replace("{n}", str(n + 1)) for n in range(len(views))]
+        return "\n".join(frames)
+
+    def context(self, visual_tokens: list[int], views: list[View] | None = None) -> list[int]:
+        """Token ids of everything up to the last picture, with `image_token_id` repeated as often
+        as each view has visual tokens. views: separate whole pictures if None."""
+        views = _whole(len(visual_tokens)) if views is None else views
+        before, *after = (self._start + self._text(views)).split("{image}")
         ids = self._begin + self._encode(before)
-        for count, piece in zip(visual_tokens, after, strict=True):
-            ids += [self.image_token_id] * count + self._encode(piece)
+        for count, text in zip(visual_tokens, [*after[:-1], ""], strict=True):
+            ids += [self.image_token_id] * count + list(self.end_of_view) + self._encode(text)
         return ids
 
-    def question(self, text: str, *, first: bool) -> list[int]:
-        """Token ids of a question: `first` right after the context, otherwise after an answer."""
-        return self._encode(self.prompt.first if first else self.prompt.next, text)
+    def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
+        """Token ids of a question: `first` right after the context of these views (one whole
+        picture if None), otherwise after an answer."""
+        if not first:
+            return self._encode(self._close + "{question}" + self._last, text)
+        after = self._text(_whole(1) if views is None else views).split("{image}")[-1]
+        return self._encode(after + self._lead + "{question}" + self._reply, text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens and leading white space."""
@@ -1313,15 +1552,326 @@ class Processor:
         return ids
 
 
-def _edge(image_config: dict, key: str, *spellings: set[str]) -> int:
+def _whole(count: int) -> list[View]:
+    return [View(None, number) for number in range(count)]
+
+
+def _resized(
+    picture: Image.Image, size: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Raises: ValueError for a size beyond Pillow's limit: a narrow picture would explode."""
+    if Image.MAX_IMAGE_PIXELS and math.prod(size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"a picture of {picture.width} x {picture.height} is too narrow: "
+            f"it would be resized to {size[0]} x {size[1]}"
+        )
+    return picture.resize(size, resample)
+
+
+def _pad_to_square(picture: Image.Image, mean: Tensor) -> Image.Image:
+    """The picture in the middle of a square of the mean colour (original LLaVA)."""
+    edge = max(picture.size)
+    square = Image.new("RGB", (edge, edge), tuple(int(255 * m) for m in mean.flatten().double()))
+    square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    return square
+
+
+def _tiles(picture: Image.Image, edge: int, number: int) -> list[View]:
+    """A picture of whole tiles cut into them, row by row."""
+    rows, columns = picture.height // edge, picture.width // edge
+    return [
+        View(
+            picture.crop((column * edge, row * edge, (column + 1) * edge, (row + 1) * edge)),
+            number, rows, columns, row + 1, column + 1,
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]  # fmt: skip
+
+
+def _spread(first: int, last: int, count: int) -> list[float]:
+    """So many numbers from first to last, evenly spread, rounded as numpy.linspace rounds them."""
+    step = (last - first) / max(count - 1, 1)
+    return [first + step * number for number in range(count - 1)] + [last if count > 1 else first]
+
+
+class SmolVLMProcessor(Processor):
+    """SmolVLM and SmolVLM2: a picture is cut into tiles, the whole of it comes last; frames of a
+    clip are not cut. Source: Idefics3's and SmolVLM's processors in Hugging Face transformers,
+    whose resizing this repeats in Pillow."""
+
+    template = (
+        "<|im_start|>User:{image}{question}<end_of_utterance>\nAssistant:"
+        "{answer}<end_of_utterance>\nUser: {question}<end_of_utterance>\nAssistant:"
+    )
+    default_resample = 1  # Lanczos
+    default_mean = default_std = [0.5, 0.5, 0.5]
+    steps, size_key = (), "max_image_size"
+
+    def read_settings(self, settings: dict) -> None:
+        self.image_size = _edge(settings, self.size_key, {"longest_edge"})
+        self.longest_edge = _edge(settings, "size", {"longest_edge"}, most=4096)
+        self.split = _flag(settings, "do_image_splitting", True)
+        video = settings.get("video_sampling")
+        self.clip_frames = self.clip_fps = None  # SmolVLM: frames are pictures
+        if isinstance(video, dict):
+            self.clip_frames = _size(video, "max_frames", 64)
+            self.clip_fps = _number(video, "fps", 1)
+            self.clip_edge = _edge(video, "video_size", {"longest_edge"}, most=4096)
+
+    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
+        if fps is None:
+            views = (self._cut(picture, number) for number, picture in enumerate(pictures))
+            return [view for of_one in views for view in of_one]
+        if self.clip_fps is None:
+            return [View(self._squash(p, self.longest_edge), n) for n, p in enumerate(pictures)]
+        return [
+            View(
+                self._squash(pictures[index], self.clip_edge), number,
+                second=index / fps, duration=len(pictures) / fps,
+            )
+            for number, index in enumerate(self._sampled(len(pictures), fps))
+        ]  # fmt: skip
+
+    def _cut(self, picture: Image.Image, number: int) -> list[View]:
+        """Resized to the longest edge, then up to whole tiles, then cut; the whole picture last."""
+        if not self.split:
+            return [View(self._squash(picture, self.longest_edge), number)]
+        T = self.image_size
+        picture = self._longest(picture, self.longest_edge)
+        width, height = picture.size
+        if width >= height:
+            wide = math.ceil(width / T) * T
+            size = wide, math.ceil(int(wide / (width / height)) / T) * T
+        else:
+            high = math.ceil(height / T) * T
+            size = math.ceil(int(high * (width / height)) / T) * T, high
+        picture = _resized(picture, size, self.resample)
+        if size == (T, T):
+            return [View(picture, number)]
+        whole = View(picture.resize((T, T), self.resample), number, size[1] // T, size[0] // T)
+        return [*_tiles(picture, T, number), whole]
+
+    def _longest(self, picture: Image.Image, longest: int) -> Image.Image:
+        """The longer side becomes `longest`, the other follows and is made even."""
+        ratio = picture.width / picture.height
+        other = int(longest / ratio if ratio >= 1 else longest * ratio)
+        other = max(other + other % 2, 1)
+        size = (longest, other) if ratio >= 1 else (other, longest)
+        return _resized(picture, size, self.resample)
+
+    def _squash(self, picture: Image.Image, longest: int) -> Image.Image:
+        """Resized to the longest edge, then to one tile."""
+        T = self.image_size
+        return self._longest(picture, longest).resize((T, T), self.resample)
+
+    def _sampled(self, frames: int, fps: float) -> list[int]:
+        """Which frames are shown: `clip_fps` in a second, `clip_frames` at most, evenly spread. Of
+        a clip too long for that, the first and the last second are left out."""
+        duration = frames / fps
+        wanted = max(1, min(round(self.clip_fps * duration), self.clip_frames))
+        first, last = 0, frames - 1
+        if duration - 2 > self.clip_frames * self.clip_fps:
+            first, last = int(fps), min(int(frames - fps), frames - 1)
+        if first >= last:
+            first, last = 0, frames - 1
+        return sorted({int(at) for at in _spread(first, last, wanted)})
+
+    def _text(self, views: list[View]) -> str:
+        fake, texts = "<fake_token_around_image>", []
+        whole = f"{fake}<global-img>{{image}}{fake}"
+        if views[0].second is not None:
+            span = int(views[0].duration)
+            texts.append(
+                f" You are provided the following series of {in_words(len(views))} frames from a "
+                f"{span // 3600}:{span // 60 % 60:02}:{span % 60:02} [H:MM:SS] video.\n"
+            )
+        for view in views:
+            if view.second is not None:
+                at = int(view.second)
+                texts.append(f"\nFrame from {at // 60:02}:{at % 60:02}:{whole}")
+            elif view.row == 0:
+                texts.append(("\n" if view.rows else "") + whole)
+            else:
+                end = "\n" if view.column == view.columns else ""
+                texts.append(f"{fake}<row_{view.row}_col_{view.column}>{{image}}{end}")
+        return "".join(texts) + ("\n\n" if views[0].second is not None else "")
+
+
+def in_words(n: int) -> str:
+    """A number in English words, from a hundred on in digits."""
+    small = (
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen"
+    ).split()
+    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    if n < 20 or n >= 100:
+        return small[n] if n < 20 else str(n)
+    return tens[n // 10 - 2] + (f"-{small[n % 10]}" if n % 10 else "")
+
+
+VILA_KEYS = (  # of config.json
+    "model_type", "image_aspect_ratio", "min_tiles", "max_tiles", "num_video_frames",
+    "image_encoder", "video_encoder",
+)  # fmt: skip
+
+
+class VILAProcessor(Processor):
+    """VILA-1.5, LongVILA and NVILA-Lite: a single picture is cut into the grid of tiles nearest to
+    its shape, several pictures and the frames of a clip are squashed. Source: VILA's public code.
+    """
+
+    template = (  # Vicuna
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: {image}{question} ASSISTANT:{answer}</s>USER: {question} ASSISTANT:"
+    )
+    by_token = {  # templates of tokenizers that know this token
+        "<|im_start|>": "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        "<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
+        "{answer}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        "<|eot_id|>": "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language "
+        "and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{image}{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    }
+    default_mean = default_std = [0.5, 0.5, 0.5]
+    steps, size_key = (), "size"
+
+    def __init__(self, tokenizer: Tokenizer, *arguments, template: str | None = None, **texts):
+        for token, other in self.by_token.items():
+            if template is None and tokenizer.token_to_id(token) is not None:
+                template = other
+        super().__init__(tokenizer, *arguments, template=template, **texts)
+        self.end_of_view = tuple(self._encode("\n"))
+
+    def read_settings(self, settings: dict) -> None:
+        self.image_size = _edge(settings, self.size_key, {"height", "width"})
+        single = str(settings.get("model_type")).startswith("nvila")  # those files leave it out
+        self.shape = settings.get("image_aspect_ratio", "dynamic" if single else None)
+        accepted = ("dynamic", "resize", "pad", None)
+        if self.shape not in accepted:
+            raise ValueError(f"image_aspect_ratio must be one of {accepted}, got {self.shape!r}")
+        self.min_tiles = _size(settings, "min_tiles", 1, most=64)
+        self.max_tiles = _size(settings, "max_tiles", 12, most=64)
+        self.clip_frames = _size(settings, "num_video_frames", 8, most=2**16)
+        for key in ("image_encoder", "video_encoder"):
+            encoder = settings.get(key) or "Basic"
+            if "Basic" not in str(encoder) or "_tokens" in str(encoder):
+                raise ValueError(f"{key} must be VILA's basic one, got {encoder!r}")
+
+    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
+        if fps is None and len(pictures) == 1 and self.shape == "dynamic":
+            return self._cut(pictures[0])
+        if fps is None:
+            return [View(self._squash(picture), number) for number, picture in enumerate(pictures)]
+        sampled = [round(at) for at in _spread(0, len(pictures) - 1, self.clip_frames)]
+        return [
+            View(self._squash(pictures[index]), number, second=index / fps)
+            for number, index in enumerate(sampled)
+        ]
+
+    def _squash(self, picture: Image.Image) -> Image.Image:
+        if self.shape == "pad":
+            picture = _pad_to_square(picture, self.mean)
+        resample = Image.Resampling.BICUBIC if self.shape == "resize" else self.resample
+        return picture.resize((self.image_size, self.image_size), resample)
+
+    def _cut(self, picture: Image.Image) -> list[View]:
+        S, area = self.image_size, picture.width * picture.height
+        grids = [
+            (columns, rows)
+            for tiles in range(self.min_tiles, self.max_tiles + 1)
+            for columns in range(1, tiles + 1)
+            for rows in range(1, tiles + 1)
+            if columns * rows == tiles
+        ]
+        best, nearest = (1, 1), math.inf
+        for columns, rows in grids:  # the nearest shape; of equal ones a larger, if it is filled
+            distance = abs(picture.width / picture.height - columns / rows)
+            larger = distance == nearest and area > 0.5 * S * S * columns * rows
+            if distance < nearest or larger:
+                best, nearest = (columns, rows), distance
+        cut = _tiles(picture.resize((S * best[0], S * best[1])), S, 0)  # bicubic, as in VILA
+        if len(cut) == 1:
+            return [View(cut[0].picture)]
+        return [*cut, View(picture.resize((S, S)), 0, best[1], best[0])]
+
+    def _text(self, views: list[View]) -> str:
+        one = views[-1].number == 0 and views[0].second is None
+        return ("{image}\n" if one and self.shape == "dynamic" else "{image}") * len(views)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json of a checkpoint, or what vocab.json, merges.txt and added_tokens.json of Qwen2
+    say. Raises: FileNotFoundError without either; ValueError for damaged files."""
+    folders = [part for part in (folder, folder / "llm") if part.is_dir()]
+    for part in folders:
+        if (part / "tokenizer.json").is_file():
+            build, file = Tokenizer.from_file, part / "tokenizer.json"
+            break
+        if (part / "vocab.json").is_file() and (part / "merges.txt").is_file():
+            build, file = _qwen2_tokenizer, part / "vocab.json"
+            break
+    else:
+        found = [str(p.relative_to(folder)) for part in folders for p in part.glob("*.model")]
+        hint = f" (only {found[0]}, which transformers can convert)" if found else ""
+        raise FileNotFoundError(f"no tokenizer.json in {folder}{hint}")
+    try:
+        return build(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _qwen2_tokenizer(vocab: str) -> Tokenizer:
+    """Byte-level BPE with Qwen2's rule for splitting text, and special tokens with the ids that
+    added_tokens.json gives them."""
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    folder = Path(vocab).parent
+    tokenizer = Tokenizer(models.BPE.from_file(vocab, str(folder / "merges.txt")))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    added = folder / "added_tokens.json"
+    if added.exists():
+        for token, number in sorted(_read_json(added).items(), key=lambda item: item[1]):
+            tokenizer.add_special_tokens([token])
+            if tokenizer.token_to_id(token) != number:
+                raise ValueError(f"{added.name} leaves a gap before {token!r}, {number}")
+    return tokenizer
+
+
+def _image_settings(folder: Path) -> dict:
+    """The settings for pictures; newer transformers write them into processor_config.json."""
+    newer = folder / "processor_config.json"
+    for file in (folder, folder / "vision_tower"):
+        if (file / "preprocessor_config.json").is_file():
+            return _read_json(file / "preprocessor_config.json")
+    if newer.is_file() and isinstance(section := _read_json(newer).get("image_processor"), dict):
+        return section
+    raise FileNotFoundError(f"no preprocessor_config.json in {folder}")
+
+
+def _edge(image_config: dict, key: str, *spellings: set[str], most: int = 2**16) -> int:
     """One edge length: a number, or an object with exactly these keys and one value."""
     value = image_config.get(key)
     if isinstance(value, dict) and set(value) in spellings:
         edges = list(value.values())
         value = edges[0] if edges == edges[:1] * len(edges) else value
-    if type(value) is not int or not 1 <= value <= 2**16:
+    if type(value) is not int or not 1 <= value <= most:
         raise ValueError(
-            f"{key} in preprocessor_config.json must be one edge in [1, 65536], got {value!r}"
+            f"{key} in preprocessor_config.json must be one edge in [1, {most}], got {value!r}"
         )
     return value
 
@@ -1343,9 +1893,10 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    template: str | None = None,
 ) -> tuple[VLM, Processor]:
     """`VLM.from_pretrained` and `Processor.from_pretrained` of one checkpoint, fetched once."""
     device = _pick_device(device)
     folder = fetch(path_or_repo, revision)
     model = VLM.from_pretrained(folder, device=device, dtype=dtype)
-    return model, Processor.from_pretrained(folder)
+    return model, Processor.from_pretrained(folder, template=template)

@@ -28,7 +28,6 @@ tokens (kept or retrieved).
 import argparse
 import io
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kernels import attention_colsum, gather_keys_values, gather_tokens
-from model import VLM, KVCache, Processor, Stopwatch, check_sampling, load, open_clip, open_picture
+from model import (
+    VLM,
+    KVCache,
+    Processor,
+    Stopwatch,
+    View,
+    check_sampling,
+    load,
+    open_clip,
+    open_picture,
+)
 
 ROOM = 256  # cache rows set aside for questions and answers; the caches grow when it is used up
 
@@ -247,11 +256,12 @@ class SparseVILA:
             4).
 
     Attributes:
+        views: what the model was shown, the tiles of cut pictures apart (see `model.View`).
         kept: the index that `prune` returned.
         cache: the KV cache, None before `see`.
-        stats: counts ("pictures", "visual_tokens": encoded, kept, attended per layer for the last
-            question, "text_tokens" of the context) and "milliseconds" of the stages "vision" (with
-            the salience), "prune" and "prefill" (with the projector).
+        stats: counts ("pictures", "views", "visual_tokens": encoded, kept, attended per layer for
+            the last question, "text_tokens" of the context) and "milliseconds" of the stages
+            "vision" (with the salience), "prune" and "prefill" (with the projector).
 
     Raises: ValueError for arguments out of range.
     """
@@ -280,6 +290,7 @@ class SparseVILA:
         self.prefill_sparsity, self.decode_sparsity = prefill_sparsity, decode_sparsity
         self.scope, self.positions, self.protocol = scope, positions, protocol
         self.cache: KVCache | None = None
+        self.views: list[View] = []
         self.kept = torch.empty(0, dtype=torch.int64)
         self.stats: dict = {}
         self._turns: list[tuple[int, list[int]]] = []  # (cache length before, tokens not yet read)
@@ -300,9 +311,16 @@ class SparseVILA:
         cache.visual = visual
         return cache
 
-    def see(self, images: str | Path | Image.Image | list[str | Path | Image.Image]) -> None:
-        """Encode, prune and prefill one picture or a list of pictures or frames; forget everything
-        before.
+    def see(
+        self,
+        images: str | Path | Image.Image | list[str | Path | Image.Image],
+        *,
+        fps: float | None = None,
+    ) -> None:
+        """Encode, prune and prefill one picture or a list of pictures; forget everything before.
+
+        fps: None for separate pictures. If they are the frames of a clip, how many there are in a
+        second; the model's family decides which of them are shown, and how.
 
         Raises: ValueError or OSError for what is no picture, and for more visual tokens than the
         model's context holds. A call that fails leaves the session as it was.
@@ -311,21 +329,24 @@ class SparseVILA:
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("images must hold at least one picture, got none")
+        if fps is not None and (not isinstance(fps, (int, float)) or not 0 < fps < 2**31):
+            raise ValueError(f"fps must be a positive number or None, got {fps!r}")
         pictures = [open_picture(image) for image in images]
-        pixels = self.processor.pixels(pictures)
+        views = self.processor.views(pictures, fps=fps)
+        pixels = self.processor.pixels(views)
         watch = Stopwatch(self.model.device)
         features, salience = self.model.encode(pixels)
         watch.lap("vision")
         features, index = self.prune(features, salience)
         watch.lap("prune")
-        n = salience.shape[1]
+        n = salience.shape[1]  # visual tokens of a view
         visual = self.model.project(features).flatten(0, 1)  # (V, E)
-        ids, positions, following = self._context(index, n, len(pictures))
+        ids, positions, following = self._context(index, n, views)
         limit = self.model.config.text.max_positions
         if following >= limit:
             raise ValueError(
-                f"{len(pictures)} pictures with {len(visual)} visual tokens take {following} of "
-                f"the model's {limit} positions and leave none for a question: "
+                f"{len(views)} pictures or tiles with {len(visual)} visual tokens take {following} "
+                f"of the model's {limit} positions and leave none for a question: "
                 "show fewer or prune more (--sparse leaves out the dense model)"
             )
         rows = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]
@@ -334,25 +355,27 @@ class SparseVILA:
         cache.following[-1] = following  # beyond the last row if the last tokens were pruned
         watch.lap("prefill")
         stats = {
-            "pictures": len(pictures),
+            "pictures": views[-1].number + 1,
+            "views": len(views),
             "visual_tokens": {"encoded": salience.numel(), "kept": len(visual), "attended": None},
             "text_tokens": len(ids) - len(visual),
             "milliseconds": watch.milliseconds,
         }
         self.cache, self.kept, self.stats, self._turns = cache, index, stats, []
+        self.views = views
 
-    def _context(self, index: Tensor, n: int, images: int) -> tuple[list[int], Tensor, int]:
+    def _context(self, index: Tensor, n: int, views: list[View]) -> tuple[list[int], Tensor, int]:
         """Token ids before the first question, their positions (T,), and the position that
         follows."""
         tokens = self.flat(index, n)
-        before, behind = torch.tensor([-1]), torch.tensor([images * n])
+        before, behind = torch.tensor([-1]), torch.tensor([len(views) * n])
         if (tokens.diff(prepend=before, append=behind) <= 0).any():
-            raise ValueError(f"kept tokens must be ascending and below {images * n}, got {tokens}")
-        counts = torch.bincount(tokens // n, minlength=images).tolist()
-        ids = self.processor.context(counts)
+            raise ValueError(f"kept tokens must be ascending and below {behind[0]}, got {tokens}")
+        counts = torch.bincount(tokens // n, minlength=len(views)).tolist()
+        ids = self.processor.context(counts, views)
         if self.positions == "contiguous":
             return ids, torch.arange(len(ids)), len(ids)
-        everything = torch.tensor(self.processor.context([n] * images))
+        everything = torch.tensor(self.processor.context([n] * len(views), views))
         visual = everything == self.processor.image_token_id
         stays = ~visual
         stays[visual.nonzero()[:, 0][tokens]] = True
@@ -387,7 +410,7 @@ class SparseVILA:
         self._check_idle()
         turns, stats, start = self._turns, self.stats, self.cache.length
         unread = turns[-1][1] if turns else []
-        ids = unread + self.processor.question(question.strip(), first=not turns)
+        ids = unread + self.processor.question(question.strip(), first=not turns, views=self.views)
         text = _TextStream(self.processor, on_text)
         watch = Stopwatch(self.model.device)
         try:
@@ -478,60 +501,57 @@ class _TextStream:
 # --- the picture of what was kept and retrieved ---------------------------------------------------
 
 
-def overlay(
-    session: SparseVILA, images: list[Image.Image], answers: list[tuple[str, Answer]]
-) -> Image.Image:
-    """A panel per question: pruned patches dimmed, the patches retrieved for it outlined, the
-    brighter the more layers retrieved them; question and answer above. `images` are the pictures
-    that were seen, `answers` questions and what `ask` returned since then. Raises: ValueError for
-    another number of images, and for no answers."""
-    if not answers:
-        raise ValueError("answers must hold at least one, got none")
-    seen = session.stats.get("pictures", 0)
-    if len(images) != seen:
-        raise ValueError(f"images must be the {seen} that were seen, got {len(images)}")
-    views = [session.processor.square(open_picture(image)) for image in images]
-    edge = max(views[0].width, 320)
+def overlay(session: SparseVILA, answers: list[tuple[str, Answer]]) -> Image.Image:
+    """A panel per question: pruned tokens dimmed, those retrieved for it outlined, the brighter the
+    more layers retrieved them; question and answer above. Tiles of a picture stand together, the
+    whole picture on their right. `answers` are questions about what the session sees, and what
+    `ask` returned. Raises: ValueError for none of either."""
+    if not answers or not session.views:
+        raise ValueError(f"nothing to show: {len(answers)} answers, {len(session.views)} pictures")
     encoded = session.stats["visual_tokens"]["encoded"]
-    side = math.isqrt(encoded // len(views))
-    kept = session.flat(session.kept, side * side)
+    n = encoded // len(session.views)  # visual tokens of a view
+    kept = session.flat(session.kept, n)
+    edge = 160 if session.views[0].rows else max(session.views[0].picture.width, 320)
+    boxes, places = session.model.config.token_boxes(edge), _places(session.views, edge)
+    width = max(x for x, _ in places) + edge + 4
+    height = max(y for _, y in places) + edge + 4
     font = ImageFont.load_default(16)
-    panels = []
-    for question, answer in answers:
+    whole = Image.new("RGB", ((width + 4) * len(answers), height), "white")
+    for panel, (question, answer) in enumerate(answers):
+        left, draw = panel * (width + 4), ImageDraw.Draw(whole)
+        draw.text((left + 4, 4), _one_line(question), "black", font)
+        draw.text((left + 4, 26), _one_line(answer.text), "black", font)
         votes = torch.zeros(encoded)
         for chosen in answer.retrieved:
             votes[kept[chosen.cpu()]] += 1 / len(answer.retrieved)
-        panel = Image.new("RGB", ((edge + 8) * len(views), edge + 56), "white")
-        draw = ImageDraw.Draw(panel)
-        draw.text((4, 4), _one_line(question), "black", font)
-        draw.text((4, 26), _one_line(answer.text), "black", font)
-        for number, view in enumerate(views):
-            tokens = range(number * side * side, (number + 1) * side * side)
-            dropped = ~torch.isin(torch.tensor(tokens), kept)
-            picture = _mark(
-                view.resize((edge, edge)), side, dropped, votes[tokens.start : tokens.stop]
-            )
-            panel.paste(picture, (number * (edge + 8) + 4, 52))
-        panels.append(panel)
-    whole = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
-    for number, panel in enumerate(panels):
-        whole.paste(panel, (number * panel.width, 0))
+        for number, (view, (x, y)) in enumerate(zip(session.views, places)):
+            tokens = torch.arange(number * n, (number + 1) * n)
+            picture = view.picture.resize((edge, edge))
+            marked = _mark(picture, boxes, ~torch.isin(tokens, kept), votes[tokens])
+            whole.paste(marked, (left + x, y))
     return whole
+
+
+def _places(views: list[View], edge: int) -> list[tuple[int, int]]:
+    """The upper left corner of each view: pictures side by side, tiles in their grid."""
+    places, left = [], 4
+    for view in views:
+        if view.row:
+            places.append((left + (view.column - 1) * edge, 52 + (view.row - 1) * edge))
+        else:
+            places.append((left + view.columns * edge + (8 if view.columns else 0), 52))
+            left = places[-1][0] + edge + 8
+    return places
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _mark(picture: Image.Image, side: int, dropped: Tensor, votes: Tensor) -> Image.Image:
-    """Dim the dropped cells of a side x side grid and outline those with votes (a share in [0,
-    1])."""
-    cell = picture.width / side
-    boxes = [
-        (round(x * cell), round(y * cell), round((x + 1) * cell) - 1, round((y + 1) * cell) - 1)
-        for y in range(side)
-        for x in range(side)
-    ]
+def _mark(
+    picture: Image.Image, boxes: list[tuple[int, int, int, int]], dropped: Tensor, votes: Tensor
+) -> Image.Image:
+    """Dim the boxes of dropped tokens and outline those with votes (a share in [0, 1])."""
     shade = Image.new("L", picture.size, 0)
     for box, gone in zip(boxes, dropped.tolist()):
         ImageDraw.Draw(shade).rectangle(box, 175 if gone else 0)
@@ -573,6 +593,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="a folder of frames, or an animated picture",
     )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        help="frames per second of the clip (default: what the file says, else 1)",
+    )
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--ask", action="append", metavar="TEXT", help="a question (repeatable)")
     questions.add_argument("--chat", action="store_true", help="questions from the terminal")
@@ -583,6 +609,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="checkpoint folder or hub repository",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
+    parser.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="two turns with {image}, {question}, {answer}, {question} in place of the family's "
+        "prompt; \\n is a new line",
+    )
     parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
     parser.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
     parser.add_argument("--positions", choices=["contiguous", "original"], default="contiguous")
@@ -625,17 +657,15 @@ def nonempty_path(text: str) -> str:
     return text
 
 
-def read_frames(path: str) -> list[Image.Image]:
-    """The frames of a clip: pictures of a folder in the order of their names, or of an animated
-    file."""
-    if Path(path).is_dir():
-        files = sorted(
-            p for p in Path(path).iterdir() if not p.is_dir() and not p.name.startswith(".")
-        )
-        if not files:
-            raise ValueError(f"the folder {path} holds no frames")
-        return [open_picture(file) for file in files]
-    return open_clip(path)
+def read_frames(path: str) -> tuple[list[Image.Image], float | None]:
+    """The frames of a clip, pictures of a folder in the order of their names or an animated file,
+    and how many there are in a second, if the file says so."""
+    if not Path(path).is_dir():
+        return open_clip(path)
+    files = sorted(p for p in Path(path).iterdir() if not p.is_dir() and not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"the folder {path} holds no frames")
+    return [open_picture(file) for file in files], None
 
 
 def encode_picture(picture: Image.Image, path: str) -> bytes:
@@ -650,9 +680,9 @@ def encode_picture(picture: Image.Image, path: str) -> bytes:
 
 
 def ask_all(
-    session: SparseVILA, images: list, questions: list[str], sampling: dict
+    session: SparseVILA, images: list, fps: float | None, questions: list[str], sampling: dict
 ) -> list[Answer]:
-    session.see(images)
+    session.see(images, fps=fps)
     return [session.ask(question, **sampling) for question in questions]
 
 
@@ -752,27 +782,31 @@ def run(arguments: argparse.Namespace) -> None:
     as possible before the model is loaded."""
     questions = arguments.ask or ([] if arguments.chat else SAMPLE_QUESTIONS)
     settings, sampling = checked_settings(arguments, questions)
+    images, fps = [], None
     if arguments.video:
-        images = read_frames(arguments.video)
+        images, rate = read_frames(arguments.video)
+        fps = arguments.fps or rate or 1.0
     else:
         images = [open_picture(file) for file in arguments.image or [SAMPLE]]
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    template = arguments.prompt_template and arguments.prompt_template.replace("\\n", "\n")
     model, processor = load(
-        arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision
-    )
+        arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision,
+        template=template,
+    )  # fmt: skip
     session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
     if arguments.chat:
-        session.see(images)
+        session.see(images, fps=fps)
         return chat(session, sampling)
 
     sessions = {"dense" if arguments.dense else "sparse": session}
     if not (arguments.dense or arguments.sparse or arguments.json):
         sessions = {"dense": Dense(model, processor, **settings)} | sessions
     for warm_up in sessions.values():  # first calls pay for thread pools and memory
-        ask_all(warm_up, images, questions[:1], sampling | {"max_new_tokens": 2})
+        ask_all(warm_up, images, fps, questions[:1], sampling | {"max_new_tokens": 2})
     columns = {}
     for name, each in sessions.items():
-        answers = ask_all(each, images, questions, sampling)
+        answers = ask_all(each, images, fps, questions, sampling)
         columns[name] = summary(each, questions, answers)
     where = {
         "model": str(arguments.model),
@@ -787,7 +821,7 @@ def run(arguments: argparse.Namespace) -> None:
         print_comparison(columns)
         print(f"weights: {model.weight_bytes:,} bytes, {model.precision}")
     if arguments.overlay:
-        picture = overlay(session, images, list(zip(questions, answers)))
+        picture = overlay(session, list(zip(questions, answers)))
         Path(arguments.overlay).write_bytes(encode_picture(picture, arguments.overlay))
 
 
@@ -800,6 +834,8 @@ def checked_settings(arguments: argparse.Namespace, questions: list[str]) -> tup
         encode_picture(Image.new("RGB", (1, 1)), arguments.overlay)
         if not Path(arguments.overlay).parent.is_dir():
             raise ValueError(f"no folder to write {arguments.overlay} to")
+    if arguments.fps is not None and not (arguments.video and 0 < arguments.fps < 2**31):
+        raise ValueError(f"--fps must be a positive number, with --video, got {arguments.fps}")
     for question in questions:
         check_question(question)
     settings = {

@@ -16,6 +16,8 @@ import kernels  # noqa: E402
 import model  # noqa: E402
 
 TINY = ROOT / "tiny"
+# Folders of tests/golden, a tiny random checkpoint of each family and layout.
+FAMILIES = ["llava", "smolvlm", "smolvlm2", "nvila", "longvila", "nvila_hf"]
 
 settings.register_profile("house", deadline=None)  # two busy cores take their time
 settings.load_profile("house")

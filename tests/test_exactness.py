@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from conftest import Recorder, random_model, random_pictures, same_bits
+from conftest import FAMILIES, ROOT, Recorder, random_model, random_pictures, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_file
 from kernels import gather_tokens
-from model import KVCache
+from model import KVCache, load
 from sparsevila import Dense, RetrievalCache, SparseVILA, keep_count
 
 QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the 4?", "how many? é"]
@@ -48,15 +48,16 @@ sparsities = st.sampled_from([0.1, 0.3, 0.5, 0.75, 0.9, 0.99])
 def dense_by_hand(vlm, processor, pictures, questions, protocol, tokens_each):
     """What a reader would write without sparsevila.py: logits of every step, tokens, and the
     cache."""
-    features, _ = vlm.encode(processor.pixels(pictures))
+    views = processor.views(pictures)
+    features, _ = vlm.encode(processor.pixels(views))
     visual = vlm.project(features).flatten(0, 1)
-    context = processor.context([features.shape[1]] * len(pictures))
+    context = processor.context([features.shape[1]] * len(views), views)
     cache = KVCache(vlm.config.text.layers, capacity=1)
     vlm.read(vlm.embed(context, visual), cache)
     answers, unread, first = [], [], True
     for question in questions:
         start = cache.length
-        ids = unread + processor.question(question, first=first)
+        ids = unread + processor.question(question, first=first, views=views)
         answer = vlm.generate(vlm.embed(ids), cache=cache, max_new_tokens=tokens_each)
         answers.append(answer)
         if protocol == "evaluation":
@@ -79,8 +80,8 @@ def assert_dense_and_sparse_share_their_bits(vlm, processor, pictures, questions
     with Recorder(vlm) as sparse:
         session.see(pictures)
         ours = [session.ask(question, max_new_tokens=count) for question in questions]
-    V, n = session.stats["visual_tokens"]["encoded"], vlm.config.vision.patches
-    frames = [list(range(n))] * len(pictures)
+    V, n = session.stats["visual_tokens"]["encoded"], vlm.config.visual_tokens
+    frames = [list(range(n))] * len(session.views)
     assert session.kept.tolist() == ([list(range(V))] if options["scope"] == "global" else frames)
     assert all(chosen.tolist() == list(range(V)) for answer in ours for chosen in answer.retrieved)
     assert [answer.token_ids for answer in ours] == answers
@@ -108,6 +109,20 @@ def test_sparsity_zero_has_the_bits_of_dense_on_the_tiny_model(tiny, options, co
     pictures = random_pictures(seed, counts[0], side=160)
     questions = QUESTIONS[: counts[1]]
     assert_dense_and_sparse_share_their_bits(*tiny, pictures, questions, options, 8)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return load(ROOT / "tests" / "golden" / request.param, device="cpu")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("protocol", ["conversation", "evaluation"])
+def test_sparsity_zero_has_the_bits_of_dense_in_every_family(family, count, protocol):
+    pictures = random_pictures(count, count, side=70)
+    for scope, positions in (("frame", "original"), ("global", "contiguous")):
+        options = {"scope": scope, "positions": positions, "protocol": protocol}
+        assert_dense_and_sparse_share_their_bits(*family, pictures, QUESTIONS, options, 5)
 
 
 class MaskedCache(RetrievalCache):
@@ -162,6 +177,11 @@ def test_packed_attention_is_masked_attention(shape, options, counts, prefill, d
 def test_packed_attention_is_masked_attention_on_the_tiny_model(tiny, board):
     for options in ({}, {"decode_sparsity": 0.5}, {"protocol": "evaluation"}):
         compare_with_masked(*tiny, [board], QUESTIONS, options, 1e-5)
+
+
+def test_packed_attention_is_masked_attention_in_every_family(family):
+    for options in ({}, {"positions": "original", "decode_sparsity": 0.5}, {"scope": "global"}):
+        compare_with_masked(*family, random_pictures(3, 1, side=70), QUESTIONS, options, 1e-4)
 
 
 @settings(max_examples=40)

@@ -1,66 +1,149 @@
-"""The tiny model against Hugging Face's LLaVA on the same files, as tests/golden/record_tiny.py
-wrote it, and deliberately wrong variants that must be seen to differ."""
+"""Every family against Hugging Face transformers on the same files, as tests/golden/record.py wrote
+them, and deliberately wrong variants that must be seen to differ."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TINY
+from conftest import FAMILIES, ROOT, TINY
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as model_file
-from model import ACTIVATIONS
+from model import ACTIVATIONS, View, load, merge_patches
 
-GOLDEN = load_file(TINY.parent / "tests" / "golden" / "tiny.safetensors")
-
-
-def differences(vlm, processor) -> dict[str, float]:
-    """The largest deviation from every recorded tensor, over 1e-4 + 1e-4 * |expected|."""
-    with Image.open(TINY / "samples" / "board.png") as image:
-        pixels = processor.pixels([image.convert("RGB")])
-    features, salience = vlm.encode(pixels)
-    projected = vlm.project(features)
-    ids = processor.context([100]) + processor.question("what color is the 7?", first=True)
-    logits = vlm(vlm.embed(ids, projected[0]))
-    ours = {
-        "pixels": pixels,
-        "input_ids": torch.tensor(ids),
-        "features": features,
-        "class_attention": salience,
-        "projected": projected,
-        "logits": logits,
-    }
-    expected = GOLDEN | {"class_attention": GOLDEN["class_attention"].mean(1)}
-    return {
-        name: float(((got - expected[name]).abs() / (1e-4 + 1e-4 * expected[name].abs())).max())
-        for name, got in ours.items()
-    }
+GOLDEN = ROOT / "tests" / "golden"
+QUESTION = "what is it? 42\n\nIt's naïve…"
 
 
-def test_everything_agrees_with_transformers(tiny):
-    deviations = differences(*tiny)
-    assert deviations["input_ids"] == 0 and deviations["pixels"] < 0.02
+class Family:
+    """A checkpoint, loaded here, and what was recorded with transformers."""
+
+    def __init__(self, name: str):
+        self.expected = load_file(GOLDEN / f"{name}.safetensors")
+        self.folder = TINY if name == "tiny" else GOLDEN / name
+        self.vlm, self.processor = load(self.folder, device="cpu")
+        self.question = "what color is the 7?" if name == "tiny" else QUESTION
+
+    def pictures(self) -> list[Image.Image]:
+        if self.folder == TINY:
+            return [Image.open(TINY / "samples" / "board.png").convert("RGB")]
+        names = sorted(name for name in self.expected if name.startswith("picture_"))
+        return [Image.fromarray(self.expected[name].numpy()) for name in names]
+
+    def ids(self, views: list[View]) -> torch.Tensor:
+        """Context and first question; VILA's placeholders as they are recorded."""
+        counts = [self.vlm.config.visual_tokens] * len(views)
+        ids = self.processor.context(counts, views)
+        ids = torch.tensor(ids + self.processor.question(self.question, first=True, views=views))
+        beyond = (self.expected["input_ids"] == -1).any()
+        return torch.where(ids == self.processor.image_token_id, -1, ids) if beyond else ids
+
+    def differences(self) -> dict[str, float]:
+        """The largest deviation from every recorded tensor, over 1e-4 + 1e-4 * |expected|."""
+        expected, vlm = self.expected, self.vlm
+        views = self.processor.views(self.pictures()[:1])
+        pixels = self.processor.pixels(views)
+        features, salience = vlm.vision_tower(pixels)
+        merged, merged_salience = vlm.encode(pixels)
+        visual = vlm.project(merged)
+        ids = self.processor.context([visual.shape[1]] * len(views), views)
+        ids += self.processor.question(self.question, first=True, views=views)
+        logits = vlm(vlm.embed(ids, visual.flatten(0, 1)))
+        ours = {
+            "pixels": pixels,
+            "input_ids": self.ids(views),
+            "features": features,
+            "salience": salience,
+            "projected": visual,
+            "logits": logits,
+        }
+        attention, summary = expected["attention"], vlm.vision_tower.summary_tokens
+        received = attention[:, :, 0, 1:] if summary else attention.mean(2)
+        expected = expected | {"salience": received.mean(1)}
+        return {name: deviation(got, expected[name]) for name, got in ours.items()}
+
+
+def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    got, expected = got.double(), expected.double()
+    return float(((got - expected).abs() / (1e-4 + 1e-4 * expected.abs())).max())
+
+
+@pytest.fixture(scope="module", params=["tiny", *FAMILIES])
+def family(request) -> Family:
+    return Family(request.param)
+
+
+def test_everything_agrees_with_transformers(family):
+    deviations = family.differences()
+    assert deviations["input_ids"] == 0 and deviations["pixels"] == 0
     assert all(deviation < 1 for deviation in deviations.values()), deviations
 
 
-def test_the_greedy_answer_is_that_of_transformers(tiny):
-    vlm, processor = tiny
-    visual = vlm.project(vlm.encode(GOLDEN["pixels"])[0])[0]
-    embeddings = vlm.embed(GOLDEN["input_ids"], visual)
-    assert vlm.generate(embeddings, max_new_tokens=16) == GOLDEN["tokens"].tolist()
+def test_the_greedy_answer_is_that_of_transformers(family):
+    vlm, expected = family.vlm, family.expected
+    visual = vlm.project(vlm.encode(expected["pixels"])[0]).flatten(0, 1)
+    ids = expected["input_ids"]
+    embeddings = vlm.embed(torch.where(ids == -1, vlm.config.image_token_id, ids), visual)
+    tokens = expected["tokens"].tolist()
+    assert vlm.generate(embeddings, max_new_tokens=16) == tokens
 
 
-def use_erf_gelu(patch, vlm):
-    for block in vlm.vision_tower.layers:
-        patch.setattr(block.mlp, "activation", F.gelu)
+@pytest.mark.parametrize("case", ["many", "small", "squashed"])
+def test_other_pictures_are_prepared_as_transformers_does(family, case):
+    """Several pictures; one that fits into a tile; no cutting into tiles."""
+    if f"{case}_pixels" not in family.expected:
+        assert case != "many" or family.folder == TINY
+        return
+    processor, pictures = family.processor, family.pictures()
+    if case == "small":
+        pictures = pictures[2:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "longest_edge", 32 if case == "small" else 96, raising=False)
+        patch.setattr(processor, "split", case != "squashed", raising=False)
+        views = processor.views(pictures)
+    pixels = processor.pixels(views)
+    assert torch.equal(pixels, family.expected[f"{case}_pixels"])
+    assert torch.equal(family.ids(views), family.expected[f"{case}_input_ids"])
 
 
-def use_quick_gelu(patch, vlm):
-    patch.setattr(vlm.projector, "activation", ACTIVATIONS["quick_gelu"])
+@pytest.mark.parametrize("case", range(5))
+def test_clips_are_sampled_and_described_as_transformers_does(case):
+    family = Family("smolvlm2")
+    frames, fps = family.expected[f"clip_{case}"].tolist()
+    pictures = [Image.new("RGB", (30, 20), (n % 256, n // 256, 0)) for n in range(int(frames))]
+    views = family.processor.views(pictures, fps=fps)
+    shown = family.expected[f"clip_{case}_frames"].tolist()
+    assert [view.second for view in views] == [index / fps for index in shown]
+    first = [view.picture.getpixel((5, 5)) for view in views]
+    assert first == [(index % 256, index // 256, 0) for index in shown]
+    assert torch.equal(family.ids(views), family.expected[f"clip_{case}_input_ids"])
 
 
-def use_last_layer(patch, vlm):
-    patch.setattr(vlm.vision_tower, "feature_layer", len(vlm.vision_tower.layers))
+# --- wrong variants -------------------------------------------------------------------------------
+
+
+def activation(name, where):
+    def wrong(patch, vlm):
+        if where == "projector":
+            places = [m for m in vlm.projector.layers if isinstance(m, torch.nn.GELU)]
+            for number, layer in enumerate(vlm.projector.layers):
+                if layer in places:
+                    vlm.projector.layers[number] = ACTIVATIONS[name]()
+        else:
+            for block in vlm.vision_tower.layers:
+                patch.setattr(block.mlp, "activation", ACTIVATIONS[name]())
+
+    return wrong
+
+
+def layer(number):
+    return lambda patch, vlm: patch.setattr(vlm.vision_tower, "feature_layer", number)
 
 
 def rotate_interleaved(patch, vlm):
@@ -83,8 +166,11 @@ def repeat_heads_interleaved(patch, vlm):
     patch.setattr(model_file, "causal_attention", wrong)
 
 
-def skip_pre_norm(patch, vlm):
-    patch.setattr(vlm.vision_tower, "pre_layrnorm", torch.nn.Identity())
+def without(module):
+    def wrong(patch, vlm):
+        patch.setattr(vlm.vision_tower, module, torch.nn.Identity())
+
+    return wrong
 
 
 def forget_scale(patch, vlm):
@@ -92,19 +178,111 @@ def forget_scale(patch, vlm):
     patch.setattr(model_file, "attention_colsum", lambda q, k: right(q, k, scale=1.0))
 
 
+def shuffle_as(change):
+    """Merge patches in another order."""
+
+    def wrong(patch, vlm):
+        def merge(x, side, *, by_columns=False):
+            right = merge_patches(x, side, by_columns=by_columns != (change == "tokens"))
+            if change == "channels":  # C first, then the place in the block
+                blocks = merge_patches(x, side, by_columns=by_columns)
+                return blocks.unflatten(-1, (side**2, -1)).transpose(-1, -2).flatten(-2)
+            if change == "block":  # down the block's columns
+                blocks = merge_patches(x, side, by_columns=by_columns)
+                blocks = blocks.unflatten(-1, (side, side, -1))
+                return blocks.transpose(-2, -3).flatten(-3)
+            return right
+
+        patch.setattr(model_file, "merge_patches", merge)
+
+    return wrong
+
+
+def drop_bias(patch, vlm):
+    for block in vlm.decoder.layers:
+        patch.setattr(block.self_attn.k_proj, "bias", None)
+        patch.setattr(block.self_attn.v_proj, "bias", None)
+
+
+def forget_rope_factor(patch, vlm):
+    right = model_file.rotary_table
+    patch.setattr(
+        model_file, "rotary_table", lambda p, config: right(p * config.rope_factor, config)
+    )
+
+
+def summary_only(patch, vlm):
+    """The first patch taken for a class token."""
+    patch.setattr(
+        model_file,
+        "token_salience",
+        lambda q, k, n: model_file.attention_colsum(q[:, :, :1], k).mean(1),
+    )
+
+
 @pytest.mark.parametrize(
-    "mistake, seen_in",
+    "name, mistake, seen_in",
     [
-        (use_erf_gelu, "features"),
-        (use_quick_gelu, "projected"),
-        (use_last_layer, "features"),
-        (skip_pre_norm, "features"),
-        (forget_scale, "class_attention"),
-        (rotate_interleaved, "logits"),
-        (repeat_heads_interleaved, "logits"),
+        ("tiny", activation("gelu", "tower"), "features"),
+        ("tiny", activation("quick_gelu", "projector"), "projected"),
+        ("llava", activation("gelu", "tower"), "features"),
+        ("llava", activation("gelu_pytorch_tanh", "projector"), "projected"),
+        ("llava", layer(1), "features"),
+        ("llava", layer(3), "features"),
+        ("llava", without("pre_layrnorm"), "features"),
+        ("llava", forget_scale, "salience"),
+        ("llava", rotate_interleaved, "logits"),
+        ("smolvlm", activation("gelu", "tower"), "features"),
+        ("smolvlm", activation("quick_gelu", "tower"), "features"),
+        ("smolvlm", layer(2), "features"),
+        ("smolvlm", without("post_layernorm"), "features"),
+        ("smolvlm", shuffle_as("tokens"), "projected"),
+        ("smolvlm", shuffle_as("channels"), "projected"),
+        ("smolvlm", shuffle_as("block"), "projected"),
+        ("smolvlm", summary_only, "salience"),
+        ("smolvlm", rotate_interleaved, "logits"),
+        ("smolvlm", repeat_heads_interleaved, "logits"),
+        ("smolvlm2", repeat_heads_interleaved, "logits"),
+        ("nvila", activation("gelu", "tower"), "features"),
+        ("nvila", activation("gelu_pytorch_tanh", "projector"), "projected"),
+        ("nvila", layer(3), "features"),
+        ("nvila", shuffle_as("tokens"), "projected"),
+        ("nvila", shuffle_as("block"), "projected"),
+        ("nvila", drop_bias, "logits"),
+        ("nvila", rotate_interleaved, "logits"),
+        ("nvila", repeat_heads_interleaved, "logits"),
+        ("nvila_hf", shuffle_as("tokens"), "projected"),
+        ("longvila", shuffle_as("tokens"), "projected"),
+        ("longvila", forget_rope_factor, "logits"),
     ],
 )
-def test_the_comparison_sees_wrong_variants(tiny, monkeypatch, mistake, seen_in):
-    vlm, processor = tiny
-    mistake(monkeypatch, vlm)
-    assert differences(vlm, processor)[seen_in] > 5
+def test_the_comparison_sees_wrong_variants(monkeypatch, name, mistake, seen_in):
+    family = Family(name)
+    mistake(monkeypatch, family.vlm)
+    assert family.differences()[seen_in] > 3
+
+
+# --- whole sessions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_command_line_runs_on_a_folder_of_every_family(name, tmp_path, board):
+    command = [sys.executable, ROOT / "sparsevila.py", "--model", GOLDEN / name]
+    command += ["--image", board, "--ask", "what is it?", "--ask", "and this?"]
+    command += ["--max-new-tokens", "5", "--overlay", tmp_path / "overlay.png", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stderr == ""
+    result = json.loads(run.stdout)
+    tokens, n = result["visual_tokens"], Family(name).vlm.config.visual_tokens
+    assert tokens["encoded"] % n == 0 and tokens["kept"] == tokens["encoded"] // n * (
+        n - n * 3 // 4
+    )
+    assert len(result["answers"]) == 2 and (tmp_path / "overlay.png").stat().st_size > 1000
+
+
+def test_the_recordings_say_where_they_come_from():
+    for name in ["tiny", *FAMILIES]:
+        with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
+            origin = json.loads(file.metadata()["origin"])
+        assert origin["command"] == f"python tests/golden/record.py {name}"
+        assert origin["transformers"]

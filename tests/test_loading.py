@@ -320,8 +320,15 @@ NORM = "language_model.model.norm.weight"
         (write("preprocessor_config.json", '{"size": 0}'), ValueError, "crop_size in .* got None"),
         (config(prompt={"start": "x", "end": "y"}), ValueError, "prompt in config.json must hold"),
         (config(prompt={"start": 3}), ValueError, "prompt in config.json must hold texts"),
-        (config(prompt={"first": "why?"}), ValueError, "prompt first must hold one {question}"),
-        (config(prompt={"image": "{image}{image}"}), ValueError, "image must hold one {image}"),
+        (config(prompt={"template": "why?"}), ValueError, "a prompt template must hold .*'why.'"),
+        (config(prompt={"template": 3}), ValueError, "a prompt template must hold .*got 3"),
+        (
+            config(prompt={"template": "{image}{question}{answer}{question}{image}"}),
+            ValueError,
+            "each once",
+        ),
+        (config(prompt={"frame": "{image}{image}"}), ValueError, "frame must hold one {image}"),
+        (config(prompt={"frame": 3}), ValueError, "frame must hold one {image}, got 3"),
         (
             edited("preprocessor_config.json", do_resize=False),
             ValueError,
@@ -400,7 +407,7 @@ def test_an_unreachable_hub_is_one_line(tmp_path, address):
     assert line.startswith("sparsevila.py: error: no folder nobody/nothing, and no repository")
 
 
-def test_only_json_and_safetensors_are_asked_of_the_hub(monkeypatch, tmp_path):
+def test_only_json_safetensors_and_merges_are_asked_of_the_hub(monkeypatch, tmp_path):
     import huggingface_hub
 
     asked = {}
@@ -412,4 +419,4 @@ def test_only_json_and_safetensors_are_asked_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert fetch("owner/name", revision="v1") == tmp_path
     assert asked["repo"] == "owner/name" and asked["revision"] == "v1"
-    assert sorted(asked["allow_patterns"]) == ["*.json", "*.safetensors"]
+    assert sorted(asked["allow_patterns"]) == ["*.json", "*.safetensors", "*merges.txt"]

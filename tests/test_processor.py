@@ -12,7 +12,7 @@ from conftest import TINY
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from model import CLIP_MEAN, CLIP_STD, PROMPTS, Processor, open_clip, open_picture
+from model import CLIP_MEAN, CLIP_STD, Processor, open_clip, open_picture
 
 RED = (200, 30, 10)
 
@@ -107,7 +107,11 @@ def test_a_transparent_16_bit_value_is_compared_with_all_its_bits(tmp_path):
 def test_every_frame_of_a_clip_is_held_to_pillows_limit(tmp_path, monkeypatch):
     small, large = Image.new("RGB", (9, 9), RED), Image.new("RGB", (90, 90), RED)
     small.save(tmp_path / "clip.tiff", save_all=True, append_images=[large, small])
-    assert [frame.size for frame in open_clip(tmp_path / "clip.tiff")] == [(9, 9), (90, 90), (9, 9)]
+    assert [frame.size for frame in open_clip(tmp_path / "clip.tiff")[0]] == [
+        (9, 9),
+        (90, 90),
+        (9, 9),
+    ]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="clip.tiff: frame 2 exceeds limit 1000"):
         open_clip(tmp_path / "clip.tiff")
@@ -222,7 +226,7 @@ def test_a_whole_prompt_is_tokenised_as_the_family_does():
     processor encodes it: special tokens split the text, and every piece gets its own "▁"."""
     tokenizer = llama_tokenizer()
     image = tokenizer.token_to_id("<image>")
-    processor = Processor(tokenizer, PROMPTS["llava"], image, IMAGE_CONFIG)
+    processor = Processor(tokenizer, image, IMAGE_CONFIG)
     ids = processor.context([1]) + processor.question("what?", first=True)
     assert ids == tokenizer.encode("USER: <image>\nwhat? ASSISTANT:").ids
     ids = processor.context([1, 1]) + processor.question("hi", first=True)
@@ -252,7 +256,7 @@ def test_a_whole_prompt_is_tokenised_as_the_family_does():
 def test_odd_picture_settings_are_refused(changes, message):
     tokenizer = llama_tokenizer()
     with pytest.raises(ValueError, match=message):
-        Processor(tokenizer, PROMPTS["llava"], 9, IMAGE_CONFIG | changes)
+        Processor(tokenizer, 9, IMAGE_CONFIG | changes)
 
 
 def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):

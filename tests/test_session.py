@@ -266,19 +266,19 @@ def test_overlay_dims_pruned_patches_and_outlines_retrieved_ones(tmp_path):
         assert dimmed < 0.7 * whole
 
 
-def test_an_overlay_needs_the_pictures_that_were_seen(tiny, board):
+def test_an_overlay_needs_pictures_and_answers(tiny, board):
     session = SparseVILA(*tiny)
-    with pytest.raises(ValueError, match="answers must hold at least one"):
-        sparsevila.overlay(session, [board], [])
-    with pytest.raises(ValueError, match="must be the 0 that were seen, got 1"):
-        sparsevila.overlay(session, [board], [("what?", None)])
+    with pytest.raises(ValueError, match="nothing to show: 1 answers, 0 pictures"):
+        sparsevila.overlay(session, [("what?", None)])
     session.see(board)
+    with pytest.raises(ValueError, match="nothing to show: 0 answers, 1 pictures"):
+        sparsevila.overlay(session, [])
     answer = session.ask("what\ncolor is the 7?")
     assert answer == answer and answer in [answer]
-    assert sparsevila.overlay(session, [board], [("what\ncolor?", answer)]).size == (328, 376)
-    for images in ([], [board, board]):
-        with pytest.raises(ValueError, match=f"must be the 1 that were seen, got {len(images)}"):
-            sparsevila.overlay(session, images, [("what?", answer)])
+    assert sparsevila.overlay(session, [("what\ncolor?", answer)]).size == (332, 376)
+    session.see([board] * 3)
+    answers = [("what?", session.ask("what?"))] * 2
+    assert sparsevila.overlay(session, answers).size == (2 * (4 + 3 * 328), 376)
 
 
 def test_an_overlay_too_large_for_its_format_is_one_error():
@@ -320,6 +320,9 @@ def test_chat_streams_answers_and_survives_bad_questions():
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--device", ""], "device '' cannot be used"),
         (["--video", ""], "a path must not be empty"),
+        (["--fps", "3"], "--fps must be a positive number, with --video, got 3.0"),
+        (["--video", SAMPLES / "clip.png", "--fps", "nan"], "--fps must be a positive number"),
+        (["--prompt-template", "{question}"], "a prompt template must hold {image}, {question}, {"),
         # Each of these is noticed before the model is loaded:
         (["--ask", "what?", "--ask", " ", "--model", "nowhere"], "question must be a text"),
         (["--top-p", "0", "--model", "nowhere"], "top_p must be in (0, 1], got 0.0"),

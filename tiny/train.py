@@ -257,7 +257,7 @@ def start_words(model: VLM, heads: Heads, tokenizer: Tokenizer, sink: Tensor) ->
     # The projector's first units are those of the tower's heads, about 2.5 where a head is sure.
     weight = torch.cat([part - part.mean(0) for part in heads.patch.weight.split(HEADS)]) / 4
     bias = torch.cat([part - part.mean() for part in heads.patch.bias.split(HEADS)]) / 4
-    first, second = model.projector.linear_1, model.projector.linear_2
+    first, _, second = model.projector.layers
     first.weight[: len(bias)] = weight * model.feature_std
     first.bias[: len(bias)] = bias + weight @ model.feature_mean
     second.weight[:, : len(bias)] = torch.cat([digits, colors, rows, columns]).T
@@ -429,7 +429,8 @@ def write_weights(out: Path, model: VLM, heads: Heads) -> None:
         for part in ("class_embedding", "patch_embedding", "position_embedding"):
             name = name.replace(f"vision_tower.{part}", f"vision_tower.embeddings.{part}")
         name = name.replace("vision_tower.", "vision_tower.vision_model.")
-        name = name.replace("projector.", "multi_modal_projector.")
+        name = name.replace("projector.layers.0", "multi_modal_projector.linear_1")
+        name = name.replace("projector.layers.2", "multi_modal_projector.linear_2")
         name = name.replace("decoder.", "language_model.model.").replace(
             "lm_head", "language_model.lm_head"
         )

@@ -1,0 +1,344 @@
+"""What the families of checkpoints have apart: tiles, merged patches, prompts, file layouts."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, random_pictures, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import awq
+from model import VLM, Config, Processor, in_words, load, merge_patches, merge_salience
+from sparsevila import SparseVILA
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def blocks_of(n: int, side: int, by_columns: bool) -> list[list[int | None]]:
+    """The patches of every merged token, None beyond the edge."""
+    k = math.ceil(n / side)
+    order = [(i, j) for i in range(k) for j in range(k)]
+    order = [(i, j) for j, i in order] if by_columns else order
+    return [
+        [
+            r * n + c if r < n and c < n else None
+            for r in range(i * side, i * side + side)
+            for c in range(j * side, j * side + side)
+        ]
+        for i, j in order
+    ]
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_merging_takes_every_block_and_the_mean_of_real_patches(n, side, by_columns, seed):
+    torch.manual_seed(seed)
+    x, salience = torch.randn(2, n * n, 3), torch.rand(2, n * n)
+    blocks = blocks_of(n, side, by_columns)
+    merged = merge_patches(x, side, by_columns=by_columns)
+    means = merge_salience(salience, side, by_columns=by_columns)
+    assert merged.shape == (2, len(blocks), side * side * 3) and means.shape == merged.shape[:2]
+    for token, patches in enumerate(blocks):
+        parts = [torch.zeros(2, 3) if p is None else x[:, p] for p in patches]
+        assert torch.equal(merged[:, token], torch.cat(parts, -1))
+        real = [salience[:, p] for p in patches if p is not None]
+        assert torch.allclose(means[:, token], torch.stack(real).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_boxes_show_where_a_token_lies(name):
+    """The patches of a token lie in its box, and no others."""
+    config = Config.from_folder(GOLDEN / name)
+    n, p = math.isqrt(config.vision.patches), config.vision.patch_size
+    boxes = config.token_boxes(config.vision.image_size)
+    assert len(boxes) == config.visual_tokens
+    for box, patches in zip(boxes, blocks_of(n, config.merge, config.by_columns), strict=True):
+        inside = {
+            r * n + c
+            for r in range(n)
+            for c in range(n)
+            if box[0] <= c * p <= box[2] and box[1] <= r * p <= box[3]
+        }
+        assert inside == {patch for patch in patches if patch is not None}
+
+
+# --- tiles and prompts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, edges, size, views, tokens",
+    [  # the real models' numbers of tiles; sizes scaled to the tiny checkpoints' 32 pixels a tile
+        ("smolvlm", 4, (40, 30), 13, None),  # 640 x 480 with 2048 / 512: 13 views
+        ("smolvlm", 4, (80, 45), 13, None),  # 720p
+        ("smolvlm", 4, (10, 10), 17, None),  # square
+        ("nvila", None, (640, 480), 13, 12),
+        ("nvila", None, (1280, 720), 9, 12),
+        ("nvila", None, (20, 20), 1, 12),
+    ],
+)
+def test_pictures_are_cut_into_as_many_tiles_as_documented(name, edges, size, views, tokens):
+    processor = Processor.from_pretrained(GOLDEN / name)
+    if edges:
+        processor.longest_edge = edges * 32
+    else:
+        processor.max_tiles = tokens
+    made = processor.views([Image.new("RGB", size)])
+    assert len(made) == views
+    assert all(view.picture.size == (32, 32) for view in made)
+    tiles = [(view.row, view.column) for view in made[:-1]]
+    rows, columns = made[-1].rows, made[-1].columns
+    assert tiles == [(r + 1, c + 1) for r in range(rows) for c in range(columns)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 60), (900, 3), (33, 32)])
+def test_pictures_of_any_shape_work(name, size):
+    vlm, processor = load(GOLDEN / name, device="cpu")
+    session = SparseVILA(vlm, processor)
+    session.see(Image.new("RGB", size, "red"))
+    session.ask("what?", max_new_tokens=2)
+    assert session.stats["views"] == len(session.views)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("fps", [None, 1.0])
+def test_pruning_leaves_all_text_and_some_of_every_tile(name, count, fps):
+    vlm, processor = load(GOLDEN / name, device="cpu")
+    session = SparseVILA(vlm, processor, prefill_sparsity=0.5)
+    session.see(random_pictures(1, count, side=70), fps=fps)
+    n, views = vlm.config.visual_tokens, session.views
+    assert session.kept.shape == (len(views), n - n // 2)
+    full, image = processor.context([n] * len(views), views), processor.image_token_id
+    kept = processor.context([n - n // 2] * len(views), views)
+    assert [i for i in full if i != image] == [i for i in kept if i != image]
+    assert len(session.cache.visual) == session.kept.numel() == kept.count(image)
+    assert session.cache.length == len(kept)
+    answer = session.ask("what?", max_new_tokens=3)
+    assert all(int(chosen[-1]) < session.kept.numel() for chosen in answer.retrieved)
+
+
+def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour():
+    """`do_pad`, as original LLaVA had it: nothing is cut off."""
+    processor = Processor.from_pretrained(GOLDEN / "llava")
+    processor.pad = True
+    (view,) = processor.views([Image.new("RGB", (64, 32), "red")])
+    column = [view.picture.getpixel((16, y)) for y in (2, 16, 29)]
+    assert column == [(122, 116, 104), (255, 0, 0), (122, 116, 104)]
+    assert view.picture.getpixel((1, 16)) == (255, 0, 0)
+
+
+def test_vila_shows_frames_evenly_spread():
+    processor = Processor.from_pretrained(GOLDEN / "nvila")
+    frames = [Image.new("RGB", (9, 9), (n, 0, 0)) for n in range(11)]
+    views = processor.views(frames, fps=2.0)
+    assert [view.second for view in views] == [0, 1.5, 3.5, 5]  # frames 0, 3, 7, 10 (6.67 up)
+    assert [view.picture.getpixel((4, 4))[0] for view in views] == [0, 3, 7, 10]
+
+
+def test_a_template_replaces_the_familys_prompt():
+    folder = GOLDEN / "nvila"
+    turns = "<|im_start|>Q{image}?\n{question}<|im_end|>A{answer}<|im_end|>Q{question}A"
+    processor = Processor.from_pretrained(folder, template=turns)
+    views = processor.views([Image.new("RGB", (9, 9))])
+    ids = processor.context([0], views) + processor.question("why", first=True, views=views)
+    assert processor.tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>Q\n\n?\nwhy<|im_end|>A"  # the new lines that VILA has after a tile
+    )
+    more = processor.question("how", first=False)
+    assert processor.tokenizer.decode(more, skip_special_tokens=False) == "<|im_end|>QhowA"
+
+
+def test_numbers_in_words():
+    expected = {1: "one", 11: "eleven", 20: "twenty", 64: "sixty-four", 99: "ninety-nine"}
+    assert {n: in_words(n) for n in expected} == expected and in_words(120) == "120"
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def copied(name, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(GOLDEN / name, folder)
+    return folder
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+
+def inner(part, **changes):
+    """Change an object in config.json."""
+
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        edit(folder / "config.json", **{part: config[part] | changes})
+
+    return damage
+
+
+def change(file, **changes):
+    return lambda folder: edit(folder / file, **changes)
+
+
+def tensors(file, change):
+    def damage(folder):
+        content = load_file(folder / file)
+        change(content)
+        save_file(content, folder / file)
+
+    return damage
+
+
+LLM = "llm/model.safetensors"
+TABLE = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("llava", change("config.json", model_type="llava_next"), "model_type 'llava_next' is not"),
+        ("llava", change("config.json", model_type="qwen2_5_vl"), "'qwen2_5_vl' is not supported"),
+        ("nvila", change("config.json", image_aspect_ratio="dynamic_s2"), "dynamic_s2, features"),
+        ("nvila", change("config.json", dynamic_s2=True), "dynamic_s2, features of several"),
+        ("nvila", change("config.json", image_aspect_ratio="odd"), "image_aspect_ratio .*'odd'"),
+        ("nvila", change("config.json", mm_vision_select_feature="patch"), "must be one of full"),
+        ("nvila", change("config.json", max_tiles=0), "max_tiles must be an integer"),
+        ("nvila", change("config.json", video_encoder={"_target_": "TSPVideoEncoder"}), "TSPVideo"),
+        ("nvila", change("mm_projector/config.json", mm_projector_type="q"), "one of .* got 'q'"),
+        ("nvila", change("vision_tower/config.json", model_type="radio"), "vision .*got 'radio'"),
+        ("nvila", change("llm/config.json", model_type="gemma"), "text model_type .*'gemma'"),
+        ("nvila", lambda f: (f / LLM).unlink(), "must hold .safetensors weights, found none"),
+        ("nvila", lambda f: (f / "llm/config.json").unlink(), "no config.json in .*llm"),
+        ("nvila", lambda f: shutil.rmtree(f / "mm_projector"), "no config.json in .*mm_projector"),
+        ("nvila", lambda f: (f / "llm/merges.txt").unlink(), "no tokenizer.json in"),
+        ("nvila", lambda f: (f / "llm/merges.txt").write_text("a b c d\n" * 3), "vocab.json is da"),
+        ("nvila", change("llm/added_tokens.json", odd=900), "leaves a gap before 'odd', 900"),
+        ("nvila", tensors(LLM, lambda t: t.pop(TABLE)), "lacks 1 tensors, the first: decoder.emb"),
+        ("nvila", tensors(LLM, lambda t: t.update(x=torch.ones(1))), "x has no place in this"),
+        ("nvila", change("llm/config.json", vocab_size=9999), r"must have shape \(9999, 32\), got"),
+        ("longvila", change("llm/config.json", rope_scaling={"type": "yarn"}), "rope scaling must"),
+        ("longvila", change("llm/config.json", rope_scaling={"type": "linear"}), "factor must be"),
+        ("smolvlm", change("preprocessor_config.json", max_image_size=16), "must be the tower's"),
+        ("smolvlm", change("preprocessor_config.json", size={"longest_edge": 5000}), "edge in"),
+        ("smolvlm", change("preprocessor_config.json", size=...), "size in .* got None"),
+        ("smolvlm", change("config.json", scale_factor=0), "scale_factor must be an integer"),
+        ("smolvlm", inner("text_config", rope_scaling={"rope_type": "llama3"}), "rope scaling"),
+        ("smolvlm2", change("preprocessor_config.json", video_sampling={"fps": 0}), "fps must"),
+        ("smolvlm", inner("vision_config", model_type="intern_vit_6b"), "got 'intern_vit_6b'"),
+    ],
+)  # fmt: skip
+def test_odd_folders_are_refused_in_one_line(name, damage, message, tmp_path):
+    folder = copied(name, tmp_path)
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_a_sentencepiece_model_only_says_so(tmp_path):
+    folder = copied("nvila", tmp_path)
+    (folder / "llm" / "merges.txt").unlink()
+    (folder / "llm" / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="only llm/tokenizer.model, which transformers can"):
+        Processor.from_pretrained(folder)
+
+
+def test_remote_code_is_never_run(tmp_path):
+    folder = copied("nvila_hf", tmp_path)
+    edit(folder / "config.json", auto_map={"AutoModel": "evil.Model"})
+    (folder / "evil.py").write_text("raise SystemExit('remote code was run')")
+    load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "nvila", "longvila"])
+def test_a_stored_head_wins_over_the_word_that_it_is_tied(name, tmp_path):
+    folder, head = copied(name, tmp_path), "lm_head.weight"
+    part = folder if name == "smolvlm" else folder / "llm"
+    file = next(part.glob("*.safetensors"))
+    content = load_file(file)
+    if name == "longvila":  # tied, without a head
+        vlm = VLM.from_pretrained(folder, device="cpu")
+        assert vlm.lm_head.weight is vlm.decoder.embed_tokens.weight
+        (folder / "llm" / "model.safetensors.index.json").unlink()
+        content[head] = torch.full((Config.from_folder(folder).text.vocab, 32), 0.5)
+    save_file(content, file)
+    edit(part / "config.json", tie_word_embeddings=True)
+    vlm = VLM.from_pretrained(folder, device="cpu")
+    assert same_bits(vlm.lm_head.weight, content[head])
+    assert not same_bits(vlm.lm_head.weight, vlm.decoder.embed_tokens.weight)
+
+
+def test_names_that_newer_transformers_write(tmp_path):
+    """SmolVLM as it is in memory, the inner vision_model left out of VILA's tower."""
+    for name, file, old, new in (
+        ("smolvlm", "model.safetensors", "model.vision_model.", "model.vision_model.vision_model."),
+        ("nvila", "vision_tower/model.safetensors", "vision_model.", ""),
+    ):
+        folder = copied(name, tmp_path)
+        content = load_file(folder / file)
+        renamed = {
+            (new + key.removeprefix(old) if key.startswith(old) else key): value
+            for key, value in content.items()
+        }
+        assert renamed.keys() != content.keys()
+        save_file(renamed, folder / file)
+        a, b = (
+            dict(VLM.from_pretrained(f, device="cpu").named_parameters())
+            for f in (folder, GOLDEN / name)
+        )
+        assert all(same_bits(a[key], b[key]) for key in b)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_quantised_and_read_back(name, tmp_path):
+    target = tmp_path / "quantised"
+    awq.main(
+        [str(GOLDEN / name), str(target), "--group-size", "16", "--vision-w8a8", "--samples", "2"]
+    )
+    vlm, processor = load(target, device="cpu")
+    assert vlm.precision == "float32 + W4A16 decoder + W8A8 tower"
+    again = tmp_path / "again"
+    awq.main(
+        [str(GOLDEN / name), str(again), "--group-size", "16", "--vision-w8a8", "--samples", "2"]
+    )
+    a, b = (VLM.from_pretrained(folder, device="cpu").state_dict() for folder in (target, again))
+    assert a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    session = SparseVILA(vlm, processor)
+    session.see(random_pictures(0, 1, side=60))
+    assert session.ask("what?", max_new_tokens=3).token_ids
+
+
+def test_the_benchmark_writes_a_model_that_runs(tmp_path, monkeypatch):
+    """`bench.py make` in small, and the sizes of the real one."""
+    import bench
+
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tiny |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    monkeypatch.setitem(bench.SMOLVLM_TEXT, "smolvlm-256m", tiny)
+    bench.make("smolvlm-256m", tmp_path / "made")
+    config = Config.from_folder(tmp_path / "made")
+    assert config.visual_tokens == 64 and config.text.vocab == 49280
+    tokenizer = Processor.from_pretrained(tmp_path / "made").tokenizer
+    ids = {"<|im_start|>": 1, "<global-img>": 49152, "<row_1_col_1>": 49153, "<row_6_col_6>": 49188}
+    ids |= {"<fake_token_around_image>": 49189, "<image>": 49190, "<end_of_utterance>": 49279}
+    assert {token: tokenizer.token_to_id(token) for token in ids} == ids
+
+
+def test_loading_takes_little_more_memory_than_the_checkpoint():
+    """In a process of its own, on a checkpoint of 2 GB: `python bench.py load`."""
+    command = [sys.executable, ROOT / "bench.py", "load"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    numbers = {line.split()[0]: line.split()[1] for line in run.stdout.split("\n")[1:] if line}
+    assert 2000 < int(numbers["checkpoint"]) < int(numbers["peak"]) < int(numbers["limit"])
