@@ -511,7 +511,8 @@ def overlay(session: SparseVILA, answers: list[tuple[str, Answer]]) -> Image.Ima
     encoded = session.stats["visual_tokens"]["encoded"]
     n = encoded // len(session.views)  # visual tokens of a view
     kept = session.flat(session.kept, n)
-    edge = 160 if session.views[0].rows else max(session.views[0].picture.width, 320)
+    tiled = any(view.rows for view in session.views)
+    edge = 160 if tiled else max(session.views[0].picture.width, 320)
     boxes, places = session.model.config.token_boxes(edge), _places(session.views, edge)
     width = max(x for x, _ in places) + edge + 4
     height = max(y for _, y in places) + edge + 4
