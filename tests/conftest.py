@@ -19,6 +19,17 @@ TINY = ROOT / "tiny"
 # Folders of tests/golden, a tiny random checkpoint of each family and layout.
 FAMILIES = ["llava", "smolvlm", "smolvlm2", "nvila", "longvila", "nvila_hf"]
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/conformance; pytest wants them here."""
+    group = parser.getgroup("conformance")
+    group.addoption("--impl", help="module or Python file to check in place of this project")
+    group.addoption("--impl-device", default="cpu", metavar="DEVICE")
+    group.addoption(
+        "--impl-dtypes", default="float32,float16,bfloat16", metavar="NAMES", help="by commas"
+    )
+
+
 settings.register_profile("house", deadline=None)  # two busy cores take their time
 settings.load_profile("house")
 

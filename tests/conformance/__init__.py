@@ -1,0 +1,1 @@
+"""Check another implementation against the definitions: see README.md in this folder."""

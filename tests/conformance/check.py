@@ -1,0 +1,113 @@
+"""Compare what a program wrote with what is expected: `python -m tests.conformance.check FOLDER`.
+
+README.md in this folder says what to write. Exit status: 0 if every operation of which there is
+anything is complete and right, else 1; 2 if there is nothing to compare.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .vectors import FOLDER
+
+
+def read_results(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's .safetensors files. Raises: ValueError naming what is wrong."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors files")
+    results: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            content = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+        if twice := sorted(results.keys() & content.keys()):
+            raise ValueError(f"{file}: {twice[0]} is in another file, too")
+        results |= content
+    return results
+
+
+def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | None:
+    """What is wrong with a result, None if nothing is."""
+    expected = vectors[place["tensor"]]
+    if got is None:
+        return "missing"
+    if list(got.shape) != place["shape"]:
+        return f"shape must be {place['shape']}, got {list(got.shape)}"
+    dtype = str(got.dtype).removeprefix("torch.")
+    if dtype != place["dtype"]:
+        return f"dtype must be {place['dtype']}, got {dtype}"
+    if got.is_floating_point() and got.isnan().any():
+        return f"{int(got.isnan().sum())} NaN"
+    if place["tolerance"] == "exact":
+        wrong = got != expected
+        allowed = torch.zeros(())
+    else:
+        allowed = vectors[place["tolerance"]].double()
+        off = (got.double() - expected.double()).abs()
+        wrong = (off > allowed) & (got != expected)  # infinities that agree have no difference
+    if not wrong.any():
+        return None
+    at = int(wrong.flatten().int().argmax())
+    limit = float(allowed.expand(expected.shape).flatten()[at])
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {at}: "
+        f"{got.flatten()[at].item():.9g} in place of {expected.flatten()[at].item():.9g}, "
+        f"allowed are {limit:.3g}"
+    )
+
+
+def compare(results: dict[str, Tensor], folder: Path = FOLDER) -> tuple[list[str], bool]:
+    """Lines of a table, and whether all is well."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    vectors = load_file(folder / "vectors.safetensors")
+    wanted = {place["tensor"] for case in manifest for place in case["outputs"].values()}
+    faults: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    provided = {name.split("/")[0] for name in results}
+    for case in manifest:
+        operation = case["operation"]
+        faults.setdefault(operation, [])
+        counts[operation] = counts.get(operation, 0) + 1
+        if operation in provided:
+            for place in case["outputs"].values():
+                if words := fault(results.get(place["tensor"]), place, vectors):
+                    faults[operation].append(f"{place['tensor']}: {words}")
+    lines = [f"{'operation':20}{'cases':>6}  result"]
+    for operation, found in faults.items():
+        verdict = "right" if not found else f"{len(found)} wrong"
+        verdict = verdict if operation in provided else "not provided"
+        lines.append(f"{operation:20}{counts[operation]:6}  {verdict}")
+        lines += [f"    {words}" for words in found]
+    extra = sorted(results.keys() - wanted)
+    lines += [f"extra tensor, expected by no case: {name}" for name in extra]
+    return lines, not any(faults.values()) and not extra
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="with .safetensors files of results")
+    arguments = parser.parse_args(argv)
+    try:
+        results = read_results(arguments.folder)
+        if not results:
+            raise ValueError(f"the files in {arguments.folder} hold no tensors")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lines, well = compare(results)
+    print("\n".join(lines))
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

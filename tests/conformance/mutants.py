@@ -1,0 +1,446 @@
+"""Wrong implementations, one mistake each, every one of which the suite must reject. Each replaces
+some operations of this project's; `python -m pytest tests/test_mutants.py -s` prints which check
+caught which."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import awq
+import kernels
+from model import KVCache
+from sparsevila import RetrievalCache, keep_count, select_tokens
+
+# --- attention: a plain implementation in which one thing at a time can be changed ----------------
+
+
+def weights_of(
+    q: Tensor, k: Tensor, *, causal: bool = False, scale: float | None = None,
+    lse: Tensor | None = None, align: str = "right", heads: str = "interleave",
+    dims: int | None = None, scores_in=torch.float32, sums_in=torch.float32,
+    keys: slice = slice(None),
+) -> Tensor:  # fmt: skip
+    """Softmax weights (B, H, M, N), in float32 unless told otherwise."""
+    M, N, D = q.shape[2], k.shape[2], q.shape[3]
+    group = q.shape[1] // k.shape[1]
+    expand = torch.repeat_interleave if heads == "interleave" else Tensor.repeat
+    k = expand(k, group, 1) if heads == "interleave" else expand(k, 1, group, 1, 1)
+    q, k = q[..., :dims].to(scores_in), k[..., :dims].to(scores_in)
+    scores = (q @ k.mT) * (D**-0.5 if scale is None else scale)
+    scores = scores.float()
+    if causal:
+        diagonal = N - M if align == "right" else 0 if align == "left" else N - M + 1
+        mask = torch.ones(M, N, dtype=torch.bool).tril(diagonal)
+        scores = scores.masked_fill(~mask, -math.inf)
+    if lse is None:
+        lse = scores[..., keys].to(sums_in).exp().sum(-1).log().float()
+    return (scores - lse[..., None]).exp().nan_to_num(0)
+
+
+def colsum(q: Tensor, k: Tensor, *, sums_in=torch.float32, **changes) -> Tensor:
+    return weights_of(q, k, sums_in=sums_in, **changes).to(sums_in).sum(2).float()
+
+
+def colsum_of_mean_scores(q, k, *, causal=False, scale=None, lse=None):
+    """Heads averaged before the softmax."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
+    scores = (q.float() @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)).mean(1)
+    if causal:
+        mask = torch.ones(scores.shape[1:], dtype=torch.bool)
+        scores = scores.masked_fill(~mask.tril(k.shape[2] - q.shape[2]), -math.inf)
+    return scores.softmax(-1).nan_to_num(0).sum(1)[:, None].expand(-1, q.shape[1], -1).contiguous()
+
+
+def colsum_in_random_order(q, k, **options):
+    weights = weights_of(q, k, **options)
+    sums = torch.zeros(weights.shape[:2] + weights.shape[3:])
+    for row in torch.randperm(weights.shape[2]).tolist():
+        sums += weights[:, :, row]
+    return sums
+
+
+def colsum_where_seen(q, k, *, causal=False, **options):
+    """Columns whose sum is tiny are never written."""
+    sums = colsum(q, k, causal=causal, **options)
+    return torch.where(sums > 1e-3, sums, torch.full_like(sums, 7.0))
+
+
+def ignore_lse(q, k, *, lse=None, **options):
+    return colsum(q, k, **options)
+
+
+def decode(q, k, v, *, length=None, scale=None, beyond=0, heads="interleave", swap=False):
+    """`beyond`: how many rows too many."""
+    length = k.shape[2] if length is None else int(length)
+    length = max(1, min(length + beyond, k.shape[2]))
+    k, v = (v, k) if swap else (k, v)
+    weights = weights_of(q, k[:, :, :length], scale=scale, heads=heads)
+    values = v[:, :, :length].repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return (weights @ values.float()).to(q.dtype)
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def ties_to_the_higher_index(scores, keep):
+    last = scores.shape[-1] - 1
+    return (last - select_tokens(scores.flip(-1), keep)).flip(-1)
+
+
+def unsorted(scores, keep):
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+
+
+def prune_with(choose, features, salience, sparsity, *, scope="frame"):
+    if scope == "global":
+        features, salience = features.flatten(0, 1)[None], salience.flatten()[None]
+    index = choose(salience, sparsity)
+    return kernels.gather_tokens(features, index), index
+
+
+def above_the_quantile(salience, sparsity):
+    """What exceeds the quantile, strictly; rows are cut to the shortest."""
+    kept = [(row > row.quantile(sparsity)).nonzero()[:, 0] for row in salience]
+    return torch.stack([row[: min(map(len, kept))] for row in kept])
+
+
+def across_frames(salience, sparsity):
+    """The threshold of all frames together, applied as if per frame."""
+    total = salience.sum(0, keepdim=True).expand_as(salience)
+    return select_tokens(total, keep_count(salience.shape[1], sparsity))
+
+
+def gather_int16(x, index):
+    return kernels.gather_tokens(x, index.to(torch.int16).long() % x.shape[-2])
+
+
+def gather_shared(x, index):
+    """The first batch entry's index for all."""
+    return kernels.gather_tokens(x, index[:1].expand_as(index).contiguous())
+
+
+# --- four-bit weights -----------------------------------------------------------------------------
+
+
+def pack_naturally(codes):
+    parts = codes.int().view(len(codes), -1, 8)
+    return sum(parts[..., i] << (4 * i) for i in range(8)).int()
+
+
+def unpack_naturally(packed):
+    return torch.stack([packed >> (4 * i) & 15 for i in range(8)], -1).flatten(1).to(torch.int8)
+
+
+def unpack_signed(packed):
+    """The top nibble shifted arithmetically, its sign kept."""
+    order = [0, 4, 1, 5, 2, 6, 3, 7]
+    parts = torch.stack([(packed >> (4 * i)) & (15 if i < 7 else -1) for i in range(8)], -1)
+    return parts[..., order].flatten(1).to(torch.int8)
+
+
+def dequantize_with(qweight, qzeros, scales, *, plus=0, shift=0, transpose=False):
+    codes, zeros = awq.unpack(qweight).int(), awq.unpack(qzeros).int() + plus
+    group = len(codes) // len(zeros)
+    zeros = zeros.reshape(zeros.shape[::-1]).T.contiguous() if transpose else zeros
+    zeros, scales = zeros.repeat_interleave(group, 0), scales.repeat_interleave(group, 0)
+    scales = scales.roll(shift, 0)
+    return ((codes - zeros) * scales.float()).half()
+
+
+def matmul_with(
+    x, qweight, qzeros, scales, bias=None, *, dequantize=awq.dequantize, keep_bias=True
+):
+    y = x.float() @ dequantize(qweight, qzeros, scales).float()
+    return (y + bias.float() if bias is not None and keep_bias else y).to(x.dtype)
+
+
+def matmul_in_half(x, qweight, qzeros, scales, bias=None):
+    """Added up in bfloat16, a group at a time."""
+    w = awq.dequantize(qweight, qzeros, scales).float()
+    total = torch.zeros(len(x), w.shape[1], dtype=torch.bfloat16)
+    for i in range(0, len(w), 4):
+        total += (x[:, i : i + 4].float() @ w[i : i + 4]).bfloat16()
+    return (total.float() if bias is None else total + bias).to(x.dtype)
+
+
+def quantize_one_sided(weight, group_size=128):
+    """The range from the smallest to the largest weight, zero or not."""
+    groups = weight.float().unflatten(1, (-1, group_size))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low).clamp(min=1e-5) / 15).half()
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    codes = ((groups / scales.float()[..., None]).round() + zeros[..., None]).clamp(0, 15)
+    return codes.flatten(1).to(torch.int8), scales, zeros.to(torch.int8)
+
+
+def quantize_to_floor(weight, group_size=128):
+    codes, scales, zeros = awq.quantize_groups(weight, group_size)
+    groups = weight.float().unflatten(1, (-1, group_size)) / scales.float()[..., None]
+    codes = (groups.floor() + zeros[..., None]).clamp(0, 15)
+    return codes.flatten(1).to(torch.int8), scales, zeros
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+class VisualSoftmax(RetrievalCache):
+    def score(self, q, k):
+        _, H, M, _ = q.shape
+        return kernels.attention_colsum(q, k[:, :, self.visual])[0].sum(0) / (H * M)
+
+
+class LastRowOnly(RetrievalCache):
+    def score(self, q, k):
+        return super().score(q[:, :, -1:], k)
+
+
+class SumOverHeads(RetrievalCache):
+    """No mean over the heads."""
+
+    def score(self, q, k):
+        return super().score(q, k) * q.shape[1]
+
+
+class OneIndexSet(RetrievalCache):
+    def start_answer(self):
+        self.relevance = [torch.stack(self.relevance).mean(0)] * len(self.k)
+        super().start_answer()
+
+
+class SwappedKV(RetrievalCache):
+    def start_answer(self):
+        super().start_answer()
+        self.packed.k, self.packed.v = self.packed.v, self.packed.k
+
+
+class RotatedAgain(RetrievalCache):
+    """Packed keys are turned to their new places."""
+
+    def start_answer(self):
+        super().start_answer()
+        for k in self.packed.k:
+            angle = torch.arange(k.shape[2])[:, None] * 0.1
+            a, b = k.chunk(2, -1)
+            turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+            k.copy_(torch.cat(turned, -1))
+
+
+class MutatedByATurn(RetrievalCache):
+    """What was not retrieved is cleared in the main cache."""
+
+    def start_answer(self):
+        super().start_answer()
+        for layer, chosen in enumerate(self.retrieved):
+            gone = torch.ones(len(self.visual), dtype=torch.bool)
+            gone[chosen] = False
+            self.v[layer][:, :, self.visual[gone]] = 0
+
+
+class ForgetsItsAnswers(RetrievalCache):
+    """Generated rows go to the packed buffer only."""
+
+    def attend(self, layer, q, k, v):
+        if self.packed is not None:
+            return self.packed.attend(layer, q, k, v)
+        return super().attend(layer, q, k, v)
+
+
+class AnswersNotPacked(RetrievalCache):
+    """Generated rows go to the main cache only."""
+
+    def attend(self, layer, q, k, v):
+        if self.packed is None:
+            return super().attend(layer, q, k, v)
+        self.append(layer, k, v)
+        rows = self.packed.filled[layer]
+        keys, values = self.packed.k[layer][:, :, :rows], self.packed.v[layer][:, :, :rows]
+        return kernels.decode_attention(q, keys, values)
+
+
+class SparseFirstToken(RetrievalCache):
+    """The question's last row, from which the first answer token comes, sees the best rows only."""
+
+    def attend(self, layer, q, k, v):
+        out = super().attend(layer, q, k, v)
+        if self.scoring:
+            keep = keep_count(len(self.visual), self.decode_sparsity)
+            chosen = self.visual[select_tokens(self.relevance[-1], keep)].tolist()
+            gone = set(self.visual.tolist()) - set(chosen)
+            rows = [row for row in range(self.filled[layer]) if row not in gone]
+            keys, values = self.k[layer][:, :, rows], self.v[layer][:, :, rows]
+            out[:, :, -1:] = kernels.decode_attention(q[:, :, -1:].contiguous(), keys, values)
+        return out
+
+
+class DropsOtherText(RetrievalCache):
+    """Text between visual rows is taken for visual."""
+
+    def packed_rows(self, chosen):
+        rows = super().packed_rows(chosen)
+        first, last = int(self.visual[0]), int(self.visual[-1])
+        visual = set(self.visual.tolist())
+        kept = [r for r in rows.tolist() if not first < r < last or r in visual]
+        return torch.tensor(kept)
+
+
+class LeastRelevant(RetrievalCache):
+    def start_answer(self):
+        relevance = self.relevance
+        self.relevance = [-scores for scores in relevance]
+        super().start_answer()
+        self.relevance = relevance
+
+
+class SelectsOnce(RetrievalCache):
+    """The first question's choice for all questions."""
+
+    first = None
+
+    def start_answer(self):
+        super().start_answer()
+        self.first = self.first or self.retrieved
+        if self.retrieved is not self.first:
+            self.retrieved = self.first
+
+
+class DeletesForGood(RetrievalCache):
+    """Retrieved rows only stay for later questions."""
+
+    def start_answer(self):
+        super().start_answer()
+        self.kept_rows = [self.visual[chosen] for chosen in self.retrieved]
+        for layer, chosen in enumerate(self.kept_rows):
+            gone = self.visual[~torch.isin(self.visual, chosen)]
+            self.k[layer][:, :, gone] = -50.0
+
+
+class StaleTruncate(RetrievalCache):
+    """Truncating leaves the packed buffer in use."""
+
+    def truncate(self, length):
+        KVCache.truncate(self, length)
+
+
+class OffByOneTruncate(RetrievalCache):
+    def truncate(self, length):
+        super().truncate(length)
+        self.filled = [rows + 1 for rows in self.filled]
+
+
+# --- the list -------------------------------------------------------------------------------------
+
+
+def changed(**mistakes) -> dict:
+    return {"attention_colsum": partial(colsum, **mistakes)}
+
+
+ALL = dict(attention_lse=kernels.attention_lse)
+MUTANTS: dict[str, dict] = {
+    "mask aligned top-left": changed(align="left"),
+    "mask one key too far": changed(align="beyond"),
+    "repeat in place of repeat_interleave": changed(heads="repeat"),
+    "scale missing": {
+        "attention_colsum": lambda q, k, scale=None, **o: colsum(q, k, scale=1.0, **o)
+    },
+    "scale doubled": {
+        "attention_colsum": lambda q, k, scale=None, **o: colsum(
+            q, k, scale=2 * (q.shape[3] ** -0.5 if scale is None else scale), **o
+        )
+    },
+    "a given scale ignored": {"attention_colsum": lambda q, k, scale=None, **o: colsum(q, k, **o)},
+    "half of the head size": {
+        "attention_colsum": lambda q, k, **o: colsum(q, k, dims=q.shape[3] // 2, **o)
+    },
+    "heads averaged before the softmax": {"attention_colsum": colsum_of_mean_scores},
+    "softmax without the first key": changed(keys=slice(1, None)),
+    "a given lse ignored": {"attention_colsum": ignore_lse},
+    "scores in bfloat16": changed(scores_in=torch.bfloat16),
+    "sums in bfloat16": changed(sums_in=torch.bfloat16),
+    "sums in float16": changed(sums_in=torch.float16),
+    "columns written only where large": {"attention_colsum": colsum_where_seen},
+    "a sum in random order": {"attention_colsum": colsum_in_random_order},
+    "mean in place of sum": {"attention_colsum": lambda q, k, **o: colsum(q, k, **o) / q.shape[2]},
+    "log-sum-exp to base 2": {
+        "attention_lse": lambda q, k, **o: kernels.attention_lse(q, k, **o) / math.log(2)
+    },
+    "log-sum-exp without the maximum": {
+        "attention_lse": lambda q, k, *, causal=False, scale=None: (
+            (
+                (q.float() @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).float().mT)
+                * (q.shape[3] ** -0.5 if scale is None else scale)
+            )
+            .masked_fill(
+                ~torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+                if causal
+                else torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool),
+                -math.inf,
+            )
+            .exp()
+            .sum(-1)
+            .log()
+        )
+    },
+    "one row too few": {"decode_attention": partial(decode, beyond=-1)},
+    "a stale row past the length": {"decode_attention": partial(decode, beyond=1)},
+    "length ignored": {"decode_attention": partial(decode, beyond=10**6)},
+    "keys and values swapped": {"decode_attention": partial(decode, swap=True)},
+    "head groups interleaved": {"decode_attention": partial(decode, heads="repeat")},
+    "ties to the higher index": {"select_tokens": ties_to_the_higher_index},
+    "unsorted indices": {"select_tokens": unsorted},
+    "one token too many": {
+        "select_tokens": lambda scores, keep: select_tokens(scores, min(keep + 1, scores.shape[-1]))
+    },
+    "strictly above the quantile": {"prune": partial(prune_with, above_the_quantile)},
+    "frames compared with each other": {"prune": partial(prune_with, across_frames)},
+    "features not gathered in order": {
+        "prune": lambda f, s, p, scope="frame": (lambda kept, index: (kept.flip(1), index))(
+            *prune_with(
+                lambda x, y: select_tokens(x, keep_count(x.shape[1], y)), f, s, p, scope=scope
+            )
+        )
+    },
+    "keep count by the floor of a float": {
+        "keep_count": lambda n, sparsity: max(math.floor(n * (1 - sparsity)), min(n, 1))
+    },
+    "keep count rounded": {"keep_count": lambda n, s: max(round(n * (1 - s)), min(n, 1))},
+    "nothing may be left": {
+        "keep_count": lambda n, s: keep_count(n, s) if s < 0.9 else int(n * (1 - s))
+    },
+    "index truncated to 16 bits": {"gather_tokens": gather_int16},
+    "one index for the whole batch": {"gather_tokens": gather_shared},
+    "natural nibble order when packing": {"pack": pack_naturally},
+    "natural nibble order when unpacking": {"unpack": unpack_naturally},
+    "sign of the top nibble": {"unpack": unpack_signed},
+    "zero plus one": {"dequantize": partial(dequantize_with, plus=1)},
+    "scale of the neighbouring group": {"dequantize": partial(dequantize_with, shift=1)},
+    "zeros transposed": {"dequantize": partial(dequantize_with, transpose=True)},
+    "zero plus one in the product": {
+        "w4a16_matmul": partial(matmul_with, dequantize=partial(dequantize_with, plus=1))
+    },
+    "bias dropped": {"w4a16_matmul": partial(matmul_with, keep_bias=False)},
+    "product added up in bfloat16": {"w4a16_matmul": matmul_in_half},
+    "a range without zero": {"quantize_groups": quantize_one_sided},
+    "codes rounded down": {"quantize_groups": quantize_to_floor},
+} | {
+    words: {"RetrievalCache": kind}
+    for words, kind in {
+        "relevance by a softmax over visual keys only": VisualSoftmax,
+        "relevance of the last question row only": LastRowOnly,
+        "relevance summed over heads": SumOverHeads,
+        "one index set for all layers": OneIndexSet,
+        "packed keys and values swapped": SwappedKV,
+        "rotation applied again on packing": RotatedAgain,
+        "main cache changed by a turn": MutatedByATurn,
+        "answers missing from the main cache": ForgetsItsAnswers,
+        "answers missing from the packed buffer": AnswersNotPacked,
+        "first answer token computed sparsely": SparseFirstToken,
+        "text between pictures dropped": DropsOtherText,
+        "the least relevant retrieved": LeastRelevant,
+        "retrieved only once": SelectsOnce,
+        "rows deleted for later questions": DeletesForGood,
+        "truncate leaves the packed buffer": StaleTruncate,
+        "truncate off by one": OffByOneTruncate,
+    }.items()
+}
