@@ -30,6 +30,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many mutants of tests/test_mutants.py were caught, and by which check."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    found = [dict(report.user_properties).get("mutant") for report in reports]
+    found = [pair for pair in found if pair]
+    caught: dict[str, list[str]] = {}
+    for mistake, check in found:
+        caught.setdefault(check or "NOT CAUGHT", []).append(mistake)
+    if found:
+        missed = len(caught.get("NOT CAUGHT", []))
+        terminalreporter.section(f"mutants caught: {len(found) - missed} of {len(found)}")
+    for check, mistakes in caught.items():
+        terminalreporter.line(f"{check} ({len(mistakes)})\n    " + "; ".join(mistakes))
+
+
 settings.register_profile("house", deadline=None)  # two busy cores take their time
 settings.load_profile("house")
 

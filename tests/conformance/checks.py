@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import oracle
+from .check import expectations, fault
 from .oracle import ROUNDOFF, U16, Attention, gamma
+from .run import session
 
 
 @dataclass
@@ -187,7 +189,8 @@ def one_query_against_a_cache(lab: Lab) -> None:
                 got = lab.decode_attention(q, k, v, length=length)
                 assert got.dtype == dtype, f"{what}: must be {dtype}, got {got.dtype}"
                 near(got, *expected, what)
-            near(lab.decode_attention(q, k, v, length=torch.tensor(length)), *expected, what)
+            on_device = torch.tensor(length, device=lab.device)
+            near(lab.decode_attention(q, k, v, length=on_device), *expected, what)
 
 
 @checks("decode_attention")
@@ -419,9 +422,6 @@ class Session:
             expected = truth.output(self.v[layer][:, :, seen], torch.float32)
             near(got, *expected, f"{what}, layer {layer}")
             queries.append(q)
-        if hasattr(self.cache, "advance"):  # ours keeps positions, too
-            length = self.k[0].shape[2]
-            self.cache.advance(torch.arange(length - M, length))
         return queries
 
     def question(self, M: int, what: str) -> list[list[int]]:
@@ -483,3 +483,18 @@ def layers_choose_for_themselves(lab: Lab) -> None:
     session.question(2, "question")
     choices = {tuple(chosen.tolist()) for chosen in session.cache.retrieved}
     assert len(choices) > 1, "all layers retrieve the same rows"
+
+
+# --- the whole session ----------------------------------------------------------------------------
+
+
+@checks("SparseVILA")
+def a_conversation_with_the_tiny_model(lab: Lab) -> None:
+    """Salience, kept, relevance, retrieved, packed rows, logits and tokens of two turns, as
+    recorded in float64."""
+    manifest, vectors = expectations()
+    (case,) = (case for case in manifest if case["operation"] == "SparseVILA")
+    got = session(lab.SparseVILA, **case["parameters"], device=lab.device)
+    for name, place in case["outputs"].items():
+        words = fault(got[name].cpu(), place, vectors)
+        assert words is None, f"{name}: {words}"

@@ -4,41 +4,81 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+import awq
+import kernels
+import model
+import sparsevila
+
 from .checks import CHECKS, Lab
+from .oracle import ROUNDOFF
+
+OURS = (kernels, model, awq, sparsevila)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ROUNDOFF}
 
 
 def load_implementation(name: str | None) -> dict:
-    """The operations that a module (or a Python file) defines; ours without a name."""
+    """The operations that a module (or a Python file) defines itself; ours without a name.
+    Raises: ValueError if there is no such module, or nothing in it."""
+    ours = {op: getattr(m, op) for op in CHECKS for m in OURS if hasattr(m, op)}
     if name is None:
-        import awq
-        import kernels
-        import sparsevila
-
-        modules = [kernels, awq, sparsevila]
-    elif name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        if spec is None or not Path(name).is_file():
-            raise pytest.UsageError(f"--impl: no file {name}")
-        modules = [importlib.util.module_from_spec(spec)]
-        sys.modules[spec.name] = modules[0]
-        spec.loader.exec_module(modules[0])
-    else:
-        try:
-            modules = [importlib.import_module(name)]
-        except ModuleNotFoundError as error:
-            raise pytest.UsageError(f"--impl: {error}") from None
-    operations = {op: getattr(m, op) for op in CHECKS for m in modules if hasattr(m, op)}
-    if not operations:
-        raise pytest.UsageError(f"--impl {name} defines none of {', '.join(CHECKS)}")
-    return operations
+        return ours
+    module = load_file(Path(name)) if name.endswith(".py") else load_module(name)
+    theirs = {op: getattr(module, op) for op in CHECKS if hasattr(module, op)}
+    theirs = {op: made for op, made in theirs.items() if made is not ours[op]}
+    if not theirs:
+        raise ValueError(f"--impl {name} defines none of {', '.join(CHECKS)}")
+    return theirs
 
 
-@pytest.fixture(scope="session")
-def lab(request) -> Lab:
-    option = request.config.getoption
-    dtypes = tuple(getattr(torch, name) for name in option("impl_dtypes").split(","))
-    return Lab(load_implementation(option("impl")), option("impl_device"), dtypes)
+def load_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--impl {name}: {error}") from None
+
+
+def load_file(path: Path) -> ModuleType:
+    """Run a file. What it imports comes from its own folder first: a changed copy of our
+    sparsevila.py meets the kernels.py beside it, not ours."""
+    if not path.is_file():
+        raise ValueError(f"--impl {path}: no such file")
+    path = path.resolve()
+    spec = importlib.util.spec_from_file_location("implementation_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    names = [ours.__name__ for ours in OURS if path.with_name(f"{ours.__name__}.py").exists()]
+    hidden = {name: sys.modules.pop(name) for name in names}
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+        sys.modules |= hidden
+    return module
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Options that are wrong end pytest with one line."""
+    option = config.getoption
+    try:
+        dtypes = tuple(DTYPES[name] for name in option("impl_dtypes").split(","))
+        device = torch.device(option("impl_device"))
+        torch.empty(0, device=device)
+        config.lab = Lab(load_implementation(option("impl")), str(device), dtypes)
+    except KeyError as error:
+        known = ", ".join(DTYPES)
+        raise pytest.UsageError(f"--impl-dtypes: {error} is none of {known}") from None
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch without it
+        raise pytest.UsageError(f"--impl-device: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture
+def lab(pytestconfig: pytest.Config) -> Lab:
+    return pytestconfig.lab

@@ -1,41 +1,58 @@
-"""Wrong implementations, one mistake each, every one of which the suite must reject. Each replaces
-some operations of this project's; `python -m pytest tests/test_mutants.py -s` prints which check
-caught which."""
+"""Wrong implementations of an operation, one mistake each: the suite must reject every one of them.
+`pytest tests/test_mutants.py` says which check caught which."""
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import awq
 import kernels
+import sparsevila
 from model import KVCache
-from sparsevila import RetrievalCache, keep_count, select_tokens
+from sparsevila import RetrievalCache, SparseVILA, keep_count, select_tokens
 
 # --- attention: a plain implementation in which one thing at a time can be changed ----------------
 
 
-def weights_of(
+def scores_of(
     q: Tensor, k: Tensor, *, causal: bool = False, scale: float | None = None,
-    lse: Tensor | None = None, align: str = "right", heads: str = "interleave",
-    dims: int | None = None, scores_in=torch.float32, sums_in=torch.float32,
-    keys: slice = slice(None),
+    align: str = "right", heads: str = "interleave", dims: int | None = None,
+    scores_in=torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Softmax weights (B, H, M, N), in float32 unless told otherwise."""
+    """Scores (B, H, M, N) in float32."""
     M, N, D = q.shape[2], k.shape[2], q.shape[3]
     group = q.shape[1] // k.shape[1]
-    expand = torch.repeat_interleave if heads == "interleave" else Tensor.repeat
-    k = expand(k, group, 1) if heads == "interleave" else expand(k, 1, group, 1, 1)
+    k = k.repeat_interleave(group, 1) if heads == "interleave" else k.repeat(1, group, 1, 1)
     q, k = q[..., :dims].to(scores_in), k[..., :dims].to(scores_in)
-    scores = (q @ k.mT) * (D**-0.5 if scale is None else scale)
-    scores = scores.float()
+    scores = ((q @ k.mT) * (D**-0.5 if scale is None else scale)).float()
     if causal:
         diagonal = N - M if align == "right" else 0 if align == "left" else N - M + 1
         mask = torch.ones(M, N, dtype=torch.bool).tril(diagonal)
         scores = scores.masked_fill(~mask, -math.inf)
+    return scores
+
+
+def lse(q: Tensor, k: Tensor, **changes) -> Tensor:
+    return scores_of(q, k, **changes).logsumexp(-1)
+
+
+def lse_without_maximum(q, k, **options):
+    return scores_of(q, k, **options).exp().sum(-1).log()
+
+
+def weights_of(
+    q: Tensor, k: Tensor, *, lse: Tensor | None = None, sums_in=torch.float32,
+    keys: slice = slice(None), **changes,
+) -> Tensor:  # fmt: skip
+    """Softmax weights (B, H, M, N) in float32."""
+    scores = scores_of(q, k, **changes)
     if lse is None:
-        lse = scores[..., keys].to(sums_in).exp().sum(-1).log().float()
+        most = scores.amax(-1, keepdim=True).clamp(min=-1e30)
+        sums = (scores - most)[..., keys].to(sums_in).exp().sum(-1)
+        lse = most[..., 0] + sums.log().float()
     return (scores - lse[..., None]).exp().nan_to_num(0)
 
 
@@ -61,14 +78,14 @@ def colsum_in_random_order(q, k, **options):
     return sums
 
 
-def colsum_where_seen(q, k, *, causal=False, **options):
+def scale_doubled(q, k, *, scale=None, **options):
+    return colsum(q, k, scale=2 * (q.shape[3] ** -0.5 if scale is None else scale), **options)
+
+
+def colsum_where_large(q, k, **options):
     """Columns whose sum is tiny are never written."""
-    sums = colsum(q, k, causal=causal, **options)
+    sums = colsum(q, k, **options)
     return torch.where(sums > 1e-3, sums, torch.full_like(sums, 7.0))
-
-
-def ignore_lse(q, k, *, lse=None, **options):
-    return colsum(q, k, **options)
 
 
 def decode(q, k, v, *, length=None, scale=None, beyond=0, heads="interleave", swap=False):
@@ -98,6 +115,12 @@ def prune_with(choose, features, salience, sparsity, *, scope="frame"):
         features, salience = features.flatten(0, 1)[None], salience.flatten()[None]
     index = choose(salience, sparsity)
     return kernels.gather_tokens(features, index), index
+
+
+def prune_out_of_order(features, salience, sparsity, *, scope="frame"):
+    """The index is ascending, the features are not."""
+    kept, index = sparsevila.prune(features, salience, sparsity, scope=scope)
+    return kept.flip(1), index
 
 
 def above_the_quantile(salience, sparsity):
@@ -329,103 +352,140 @@ class OffByOneTruncate(RetrievalCache):
         self.filled = [rows + 1 for rows in self.filled]
 
 
+# --- the session ----------------------------------------------------------------------------------
+
+
+class PositionsShifted(SparseVILA):
+    """After the pruned tokens, text is numbered one too far."""
+
+    def _context(self, index, n, views):
+        ids, positions, following = super()._context(index, n, views)
+        last = max(i for i, token in enumerate(ids) if token == self.processor.image_token_id)
+        positions[last + 1 :] += 1
+        return ids, positions, following + 1
+
+
+class PositionsKept(SparseVILA):
+    """Kept tokens stay where they were, though the method numbers them anew."""
+
+    def __init__(self, model, processor, **settings):
+        super().__init__(model, processor, positions="original", **settings)
+
+
+class LeastSalient(SparseVILA):
+    def prune(self, features, salience):
+        return super().prune(features, -salience)
+
+
+class SparsityOfAllTokens(SparseVILA):
+    """The decode sparsity is a share of what was encoded, not of what was kept."""
+
+    def new_cache(self, visual, capacity):
+        encoded = len(visual) / (1 - self.prefill_sparsity)
+        keep = encoded * (1 - self.decode_sparsity) / len(visual)
+        self.decode_sparsity, asked = 1 - keep, self.decode_sparsity
+        cache = super().new_cache(visual, capacity)
+        self.decode_sparsity = asked
+        return cache
+
+
+class NeverForgets(SparseVILA):
+    """The turn before leaks into the next."""
+
+    def forget(self):
+        pass
+
+
+class SparseFirstTokenSession(SparseVILA):
+    cache_type = SparseFirstToken
+
+
 # --- the list -------------------------------------------------------------------------------------
 
-
-def changed(**mistakes) -> dict:
-    return {"attention_colsum": partial(colsum, **mistakes)}
-
-
-ALL = dict(attention_lse=kernels.attention_lse)
-MUTANTS: dict[str, dict] = {
-    "mask aligned top-left": changed(align="left"),
-    "mask one key too far": changed(align="beyond"),
-    "repeat in place of repeat_interleave": changed(heads="repeat"),
-    "scale missing": {
-        "attention_colsum": lambda q, k, scale=None, **o: colsum(q, k, scale=1.0, **o)
+CORRECT = {  # where nothing is changed
+    "attention_lse": lse,
+    "attention_colsum": colsum,
+    "decode_attention": decode,
+    "dequantize": dequantize_with,
+    "w4a16_matmul": matmul_with,
+}
+MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
+    "attention_lse": {
+        "log-sum-exp to base 2": lambda q, k, **o: lse(q, k, **o) / math.log(2),
+        "log-sum-exp without the maximum": lse_without_maximum,
+        "mask of the log-sum-exp aligned top-left": partial(lse, align="left"),
     },
-    "scale doubled": {
-        "attention_colsum": lambda q, k, scale=None, **o: colsum(
-            q, k, scale=2 * (q.shape[3] ** -0.5 if scale is None else scale), **o
-        )
+    "attention_colsum": {
+        "mask aligned top-left": partial(colsum, align="left"),
+        "mask one key too far": partial(colsum, align="beyond"),
+        "repeat in place of repeat_interleave": partial(colsum, heads="repeat"),
+        "scale missing": lambda q, k, scale=None, **o: colsum(q, k, scale=1.0, **o),
+        "scale doubled": scale_doubled,
+        "a given scale ignored": lambda q, k, scale=None, **o: colsum(q, k, **o),
+        "half of the head size": lambda q, k, **o: colsum(q, k, dims=q.shape[3] // 2, **o),
+        "heads averaged before the softmax": colsum_of_mean_scores,
+        "softmax without the first key": partial(colsum, keys=slice(1, None)),
+        "a given lse ignored": lambda q, k, lse=None, **o: colsum(q, k, **o),
+        "scores in bfloat16": partial(colsum, scores_in=torch.bfloat16),
+        "sums in bfloat16": partial(colsum, sums_in=torch.bfloat16),
+        "sums in float16": partial(colsum, sums_in=torch.float16),
+        "columns written only where large": colsum_where_large,
+        "a sum in random order": colsum_in_random_order,
+        "mean in place of sum": lambda q, k, **o: colsum(q, k, **o) / q.shape[2],
     },
-    "a given scale ignored": {"attention_colsum": lambda q, k, scale=None, **o: colsum(q, k, **o)},
-    "half of the head size": {
-        "attention_colsum": lambda q, k, **o: colsum(q, k, dims=q.shape[3] // 2, **o)
+    "decode_attention": {
+        "one row too few": partial(decode, beyond=-1),
+        "a stale row past the length": partial(decode, beyond=1),
+        "length ignored": partial(decode, beyond=10**6),
+        "keys and values swapped": partial(decode, swap=True),
+        "head groups interleaved": partial(decode, heads="repeat"),
     },
-    "heads averaged before the softmax": {"attention_colsum": colsum_of_mean_scores},
-    "softmax without the first key": changed(keys=slice(1, None)),
-    "a given lse ignored": {"attention_colsum": ignore_lse},
-    "scores in bfloat16": changed(scores_in=torch.bfloat16),
-    "sums in bfloat16": changed(sums_in=torch.bfloat16),
-    "sums in float16": changed(sums_in=torch.float16),
-    "columns written only where large": {"attention_colsum": colsum_where_seen},
-    "a sum in random order": {"attention_colsum": colsum_in_random_order},
-    "mean in place of sum": {"attention_colsum": lambda q, k, **o: colsum(q, k, **o) / q.shape[2]},
-    "log-sum-exp to base 2": {
-        "attention_lse": lambda q, k, **o: kernels.attention_lse(q, k, **o) / math.log(2)
+    "gather_tokens": {
+        "index truncated to 16 bits": gather_int16,
+        "one index for the whole batch": gather_shared,
     },
-    "log-sum-exp without the maximum": {
-        "attention_lse": lambda q, k, *, causal=False, scale=None: (
-            (
-                (q.float() @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).float().mT)
-                * (q.shape[3] ** -0.5 if scale is None else scale)
-            )
-            .masked_fill(
-                ~torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-                if causal
-                else torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool),
-                -math.inf,
-            )
-            .exp()
-            .sum(-1)
-            .log()
-        )
+    "keep_count": {
+        "keep count by the floor of a float": lambda n, sparsity: max(
+            math.floor(n * (1 - sparsity)), min(n, 1)
+        ),
+        "dropped count by the floor of a float": lambda n, sparsity: n - math.floor(n * sparsity),
+        "keep count rounded": lambda n, sparsity: max(round(n * (1 - sparsity)), min(n, 1)),
+        "nothing may be left": lambda n, sparsity: int(n * (1 - sparsity) + 1e-9),
     },
-    "one row too few": {"decode_attention": partial(decode, beyond=-1)},
-    "a stale row past the length": {"decode_attention": partial(decode, beyond=1)},
-    "length ignored": {"decode_attention": partial(decode, beyond=10**6)},
-    "keys and values swapped": {"decode_attention": partial(decode, swap=True)},
-    "head groups interleaved": {"decode_attention": partial(decode, heads="repeat")},
-    "ties to the higher index": {"select_tokens": ties_to_the_higher_index},
-    "unsorted indices": {"select_tokens": unsorted},
-    "one token too many": {
-        "select_tokens": lambda scores, keep: select_tokens(scores, min(keep + 1, scores.shape[-1]))
+    "select_tokens": {
+        "ties to the higher index": ties_to_the_higher_index,
+        "unsorted indices": unsorted,
+        "one token too many": lambda scores, keep: select_tokens(
+            scores, min(keep + 1, scores.shape[-1])
+        ),
     },
-    "strictly above the quantile": {"prune": partial(prune_with, above_the_quantile)},
-    "frames compared with each other": {"prune": partial(prune_with, across_frames)},
-    "features not gathered in order": {
-        "prune": lambda f, s, p, scope="frame": (lambda kept, index: (kept.flip(1), index))(
-            *prune_with(
-                lambda x, y: select_tokens(x, keep_count(x.shape[1], y)), f, s, p, scope=scope
-            )
-        )
+    "prune": {
+        "strictly above the quantile": partial(prune_with, above_the_quantile),
+        "frames compared with each other": partial(prune_with, across_frames),
+        "features not gathered in order": prune_out_of_order,
     },
-    "keep count by the floor of a float": {
-        "keep_count": lambda n, sparsity: max(math.floor(n * (1 - sparsity)), min(n, 1))
+    "pack": {"natural nibble order when packing": pack_naturally},
+    "unpack": {
+        "natural nibble order when unpacking": unpack_naturally,
+        "sign of the top nibble": unpack_signed,
     },
-    "keep count rounded": {"keep_count": lambda n, s: max(round(n * (1 - s)), min(n, 1))},
-    "nothing may be left": {
-        "keep_count": lambda n, s: keep_count(n, s) if s < 0.9 else int(n * (1 - s))
+    "dequantize": {
+        "zero plus one": partial(dequantize_with, plus=1),
+        "scale of the neighbouring group": partial(dequantize_with, shift=1),
+        "zeros transposed": partial(dequantize_with, transpose=True),
     },
-    "index truncated to 16 bits": {"gather_tokens": gather_int16},
-    "one index for the whole batch": {"gather_tokens": gather_shared},
-    "natural nibble order when packing": {"pack": pack_naturally},
-    "natural nibble order when unpacking": {"unpack": unpack_naturally},
-    "sign of the top nibble": {"unpack": unpack_signed},
-    "zero plus one": {"dequantize": partial(dequantize_with, plus=1)},
-    "scale of the neighbouring group": {"dequantize": partial(dequantize_with, shift=1)},
-    "zeros transposed": {"dequantize": partial(dequantize_with, transpose=True)},
-    "zero plus one in the product": {
-        "w4a16_matmul": partial(matmul_with, dequantize=partial(dequantize_with, plus=1))
+    "quantize_groups": {
+        "a range without zero": quantize_one_sided,
+        "codes rounded down": quantize_to_floor,
     },
-    "bias dropped": {"w4a16_matmul": partial(matmul_with, keep_bias=False)},
-    "product added up in bfloat16": {"w4a16_matmul": matmul_in_half},
-    "a range without zero": {"quantize_groups": quantize_one_sided},
-    "codes rounded down": {"quantize_groups": quantize_to_floor},
-} | {
-    words: {"RetrievalCache": kind}
-    for words, kind in {
+    "w4a16_matmul": {
+        "zero plus one in the product": partial(
+            matmul_with, dequantize=partial(dequantize_with, plus=1)
+        ),
+        "bias (of q, k, v) dropped": partial(matmul_with, keep_bias=False),
+        "product added up in bfloat16": matmul_in_half,
+    },
+    "RetrievalCache": {
         "relevance by a softmax over visual keys only": VisualSoftmax,
         "relevance of the last question row only": LastRowOnly,
         "relevance summed over heads": SumOverHeads,
@@ -442,5 +502,13 @@ MUTANTS: dict[str, dict] = {
         "rows deleted for later questions": DeletesForGood,
         "truncate leaves the packed buffer": StaleTruncate,
         "truncate off by one": OffByOneTruncate,
-    }.items()
+    },
+    "SparseVILA": {
+        "positions shifted by one after pruning": PositionsShifted,
+        "positions with gaps where tokens were pruned": PositionsKept,
+        "the least salient kept": LeastSalient,
+        "decode sparsity as a share of all tokens": SparsityOfAllTokens,
+        "an evicted turn still there": NeverForgets,
+        "first answer token computed sparsely, in a session": SparseFirstTokenSession,
+    },
 }

@@ -3,7 +3,8 @@ and vectors.safetensors. Every expected value comes from float64 (oracle.py); RE
 the files."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import checks, oracle
+from .check import FOLDER
 from .checks import Lab
 from .oracle import U16, Attention, gamma
+from .run import session
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FOLDER = ROOT / "tests" / "golden" / "conformance"
 EXACT = "counts, indices, codes and copies have no rounding"
 BOUND = "a bound from the number of terms and the unit roundoff: tests/conformance/README.md"
 ORACLE = "float64, tests/conformance/oracle.py"
@@ -46,33 +48,44 @@ def rounded(expected: Tensor, allowed: Tensor, dtype: torch.dtype) -> tuple[Tens
     return stored, (allowed.expand_as(expected) + off).float()
 
 
-def all_cases() -> Iterator[Case]:
-    lab = Lab({})
+def attention_cases(lab: Lab) -> Iterator[Case]:
     for q, k, causal, truth, _ in checks.attentions(lab):
-        if q.shape[2] * k.shape[2] > 10_000:  # small files
-            continue
-        inputs, parameters = {"q": q, "k": k}, {"causal": causal, "scale": None}
-        lse = rounded(truth.lse, truth.lse_error, torch.float32)
-        yield Case("attention_lse", parameters, inputs, {"lse": lse})
-        colsum = rounded(*truth.colsum(), torch.float32)
-        yield Case("attention_colsum", parameters, inputs, {"colsum": colsum})
+        if q.shape[2] * k.shape[2] < 10_000:  # small files
+            yield from lse_and_colsum(q, k, truth, causal=causal)
+    q, k = 5 * lab.normal(0, 1, 4, 9, 16), lab.normal(1, 1, 2, 7, 16)
+    for scale in (0.01, 2.0):
+        yield from lse_and_colsum(q, k, Attention(q, k, scale=scale), scale=scale)
+    yield from lse_and_colsum(q, k, Attention(q, k, causal=True), causal=True)  # M > N
+    truth = Attention(q, k)
+    lse = (truth.lse + math.log(2)).float()  # doubled, which halves the sums
+    expected, allowed = truth.colsum()
+    halves = rounded(expected / 2, 2 * allowed, torch.float32)
+    yield Case("attention_colsum", {}, {"q": q, "k": k, "lse": lse}, {"colsum": halves})
     for dtype in lab.dtypes:
-        q, k, v = (
-            lab.normal(i, 1, (6, 2, 2)[i], (1, 90, 90)[i], 48, dtype=dtype) for i in range(3)
-        )
+        q = lab.normal(0, 1, 6, 1, 48, dtype=dtype)
+        k, v = (lab.normal(i, 1, 2, 90, 48, dtype=dtype) for i in (1, 2))
         truth = Attention(q, k[:, :, :77])
         out = rounded(*truth.output(v[:, :, :77], dtype), dtype)
         k[:, :, 77:], v[:, :, 77:] = 1000, 1000  # beyond the length
-        yield Case(
-            "decode_attention",
-            {"length": 77, "scale": None},
-            {"q": q, "k": k, "v": v},
-            {"out": out},
-        )
+        yield Case("decode_attention", {"length": 77}, {"q": q, "k": k, "v": v}, {"out": out})
+
+
+def lse_and_colsum(q: Tensor, k: Tensor, truth: Attention, **parameters: Any) -> Iterator[Case]:
+    lse = rounded(truth.lse, truth.lse_error, torch.float32)
+    yield Case("attention_lse", parameters, {"q": q, "k": k}, {"lse": lse})
+    colsum = rounded(*truth.colsum(), torch.float32)
+    yield Case("attention_colsum", parameters, {"q": q, "k": k}, {"colsum": colsum})
+
+
+def choosing_cases(lab: Lab) -> Iterator[Case]:
     x, index = lab.normal(0, 2, 9, 5), torch.tensor([[0, 2, 8], [1, 1, 7]])
     rows = torch.stack([x[b, index[b]] for b in range(2)])
     yield exact("gather_tokens", {}, {"x": x, "index": index}, rows=rows)
-    for n, sparsity in [(100, 0.29), (1000, 0.7), (10, 0.3), (576, 0.75), (7, 0.999), (1, 0.0)]:
+    x, index = torch.arange(40_000, dtype=torch.int32)[None, :, None], torch.tensor([[3, 39_999]])
+    rows = torch.tensor([[[3], [39_999]]], dtype=torch.int32)
+    yield exact("gather_tokens", {}, {"x": x, "index": index}, rows=rows)
+    counts = [(100, 0.29), (1000, 0.7), (576, 0.75), (10, 0.333), (10, 0.36), (7, 0.999), (1, 0.0)]
+    for n, sparsity in counts:
         count = torch.tensor(oracle.keep_count(n, sparsity))
         yield exact("keep_count", {"n": n, "sparsity": sparsity}, {}, count=count)
     scores = torch.tensor([0.5, 0.25, 0.5, 0.5, -1.0, 0.75, 0.25])
@@ -80,110 +93,113 @@ def all_cases() -> Iterator[Case]:
         chosen = torch.tensor(oracle.select_tokens(scores.tolist(), keep), dtype=torch.int64)
         yield exact("select_tokens", {"keep": keep}, {"scores": scores}, index=chosen)
     features, salience = lab.normal(0, 3, 20, 4), lab.normal(1, 3, 20).softmax(-1)
+    inputs = {"features": features, "salience": salience}
     for sparsity in (0.0, 0.75):
         keep = oracle.keep_count(20, sparsity)
         index = torch.tensor([oracle.select_tokens(row, keep) for row in salience.tolist()])
         kept = torch.stack([features[i, index[i]] for i in range(3)])
-        yield exact(
-            "prune", {"sparsity": sparsity}, {"features": features, "salience": salience},
-            features=kept, index=index,
-        )  # fmt: skip
+        yield exact("prune", {"sparsity": sparsity}, inputs, features=kept, index=index)
+
+
+def weight_cases(lab: Lab) -> Iterator[Case]:
     codes = checks.codes(lab, 0, 5, 48)
     words = torch.tensor(oracle.pack(codes.tolist()), dtype=torch.int32)
     yield exact("pack", {}, {"codes": codes}, packed=words)
     yield exact("unpack", {}, {"packed": words}, codes=codes)
     for K, N, group in checks.GROUPS:
-        names = ("qweight", "qzeros", "scales")
         packed = checks.packed_weights(lab, K, K, N, group)
-        weight = oracle.dequantize(*packed).half()
-        yield exact("dequantize", {}, dict(zip(names, packed)), weight=weight)
+        inputs = dict(zip(("qweight", "qzeros", "scales"), packed))
+        yield exact("dequantize", {}, inputs, weight=oracle.dequantize(*packed).half())
         for dtype in lab.dtypes:
             x = lab.normal(K, 5, K, dtype=dtype)
-            expected, size = checks.product(lab, x, packed)
-            allowed = (gamma(K) + 2 * oracle.ROUNDOFF[dtype] + 2 * U16) * size
+            bias = {"bias": 30 * lab.normal(K + 1, N, dtype=dtype)} if K == 64 else {}
+            expected, size = checks.product(lab, x, packed, **bias)
+            allowed = (gamma(K + 1) + 2 * oracle.ROUNDOFF[dtype] + 2 * U16) * size
             y = rounded(expected, allowed, dtype)
-            yield Case("w4a16_matmul", {}, {"x": x} | dict(zip(names, packed)), {"y": y})
-    yield quantization(lab)
-    yield retrieval(lab)
+            yield Case("w4a16_matmul", {}, {"x": x} | inputs | bias, {"y": y})
 
 
-def quantization(lab: Lab) -> Case:
-    """Weights that are exact multiples of a scale, so that no rounding is in doubt."""
+def quantization_case() -> Case:
+    """Weights up to 0.4 scales from a code, the ends of the range on one: no rounding is in doubt.
+    Rows of both signs, of positive weights and of negative ones."""
     generator = torch.Generator().manual_seed(5)
     scales = torch.randint(1, 9, (6, 2), generator=generator).double() / 64
-    zeros = torch.randint(0, 16, (6, 2), generator=generator)
-    codes = torch.randint(0, 16, (6, 2, 32), generator=generator)
-    codes[..., 0], codes[..., 1] = 0, 15  # the whole range is used
-    weight = ((codes - zeros[..., None]) * scales[..., None]).flatten(1).float()
+    zeros = torch.tensor([7, 4, 0, 0, 15, 15])[:, None].expand(6, 2)
+    codes = torch.randint(2, 14, (6, 2, 32), generator=generator)
+    off = 0.8 * torch.rand(6, 2, 32, generator=generator, dtype=torch.float64) - 0.4
+    codes[:, :, 0] = torch.where(zeros == 15, 1, 15)
+    codes[:2, :, 0], codes[:2, :, 1], codes[2:4, :, 0], codes[4:, :, 0] = 0, 15, 15, 0
+    off[:, :, 0], off[:2, :, 1] = 0, 0
+    weight = ((codes + off - zeros[..., None]) * scales[..., None]).flatten(1).float()
     outputs = {"codes": codes.flatten(1).to(torch.int8)}
-    outputs |= {"scales": scales.half(), "zeros": zeros.to(torch.int8)}
+    outputs |= {"scales": scales.half(), "zeros": zeros.contiguous().to(torch.int8)}
     return exact("quantize_groups", {"group_size": 32}, {"weight": weight}, **outputs)
 
 
-def retrieval(lab: Lab) -> Case:
-    """A cache of two layers: context, a question of three rows, two rows of an answer."""
+def retrieval_case(lab: Lab) -> Case:
+    """A cache of two layers through two turns of a conversation, then without them a third."""
     L, H, G, D, sparsity = 2, 4, 2, 16, 0.6
     visual = [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]  # rows 0, 5 and 12 are text
-    inputs = {"visual": torch.tensor(visual)}
-    for number, (stage, M) in enumerate((("context", 13), ("question", 3), ("answer", 2))):
-        for i, (what, heads) in enumerate((("q", H), ("k", G), ("v", G))):
-            size = 1.0 if what == "v" else 2.0
-            inputs[f"{stage}_{what}"] = size * lab.normal(10 * number + i, L, heads, M, D)
-    keys, values = (
-        torch.cat([inputs[f"{stage}_{what}"] for stage in ("context", "question", "answer")], 2)
-        for what in "kv"
-    )
-    outputs: dict[str, list] = {
-        "question_out": [],
-        "relevance": [],
-        "retrieved": [],
-        "answer_out": [],
-    }
-    for layer in range(L):
-        q = inputs["question_q"][layer][None]
-        k, v = (t[layer][None, :, :16] for t in (keys, values))
-        truth = Attention(q, k, causal=True)
-        outputs["question_out"].append(truth.output(v, torch.float32))
-        received, allowed = (t.sum((0, 1))[visual] / (H * 3) for t in truth.colsum())
-        outputs["relevance"].append((received, allowed + gamma(H * 3 + 1) * received))
-        keep = oracle.keep_count(len(visual), sparsity)
-        chosen = oracle.select_tokens(received.tolist(), keep)
-        outputs["retrieved"].append(torch.tensor(chosen))
-        gone = set(visual) - {visual[i] for i in chosen}
-        steps = []
-        for step in range(2):
-            seen = [n for n in range(17 + step) if n not in gone]
-            q = inputs["answer_q"][layer][None, :, step : step + 1]
-            truth = Attention(q, keys[layer][None][:, :, seen])
-            steps.append(truth.output(values[layer][None][:, :, seen], torch.float32))
-        outputs["answer_out"].append(tuple(torch.cat(parts, 2) for parts in zip(*steps)))
-    made = {
-        name: rounded(*(torch.cat(parts) for parts in zip(*outputs[name])), torch.float32)
-        for name in ("question_out", "answer_out")
-    }
-    made["relevance"] = rounded(
-        *(torch.stack(parts) for parts in zip(*outputs["relevance"])), torch.float32
-    )
-    made["retrieved"] = torch.stack(outputs["retrieved"]), None
-    return Case("RetrievalCache", {"decode_sparsity": sparsity}, inputs, made)
+    stages = [("context", 13), ("question_0", 3), ("answer_0", 2), ("question_1", 1)]
+    stages += [("answer_1", 1), ("truncate", 13), ("text", 1), ("question_2", 2), ("answer_2", 3)]
+    inputs, outputs = {"visual": torch.tensor(visual)}, {}
+    keys = values = torch.zeros(L, G, 0, D)
+    hidden: list[set[int]] = [set()] * L
+    for number, (stage, M) in enumerate(stages):
+        if stage == "truncate":
+            keys, values = keys[:, :, :M], values[:, :, :M]
+            continue
+        q, k = (2 * lab.normal(10 * number + i, L, n, M, D) for i, n in enumerate((H, G)))
+        v = lab.normal(10 * number + 2, L, G, M, D)
+        inputs |= {f"{stage}_q": q, f"{stage}_k": k, f"{stage}_v": v}
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        asked = stage.startswith("question")
+        hidden = hidden if stage.startswith("answer") else [set()] * L
+        rows, relevance, retrieved = [], [], []
+        for layer in range(L):
+            seen = [n for n in range(keys.shape[2]) if n not in hidden[layer]]
+            truth = Attention(q[layer, None], keys[layer, None, :, seen], causal=True)
+            rows.append(truth.output(values[layer, None, :, seen], torch.float32))
+            if asked:
+                received, allowed = (t.sum((0, 1))[visual] / (H * M) for t in truth.colsum())
+                relevance.append((received, allowed + gamma(H * M + 1) * received))
+                keep = oracle.keep_count(len(visual), sparsity)
+                retrieved.append(oracle.select_tokens(received.tolist(), keep))
+                hidden[layer] = set(visual) - {visual[i] for i in retrieved[layer]}
+        outputs[f"{stage}_out"] = stacked(torch.cat, rows)
+        if asked:
+            turn = stage.removeprefix("question_")
+            outputs[f"relevance_{turn}"] = stacked(torch.stack, relevance)
+            outputs[f"retrieved_{turn}"] = torch.tensor(retrieved), None
+    parameters = {"decode_sparsity": sparsity, "stages": stages}
+    return Case("RetrievalCache", parameters, inputs, outputs)
+
+
+def stacked(join: Callable, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What is expected and what is allowed, of all layers."""
+    return rounded(*(join(parts) for parts in zip(*layers)), torch.float32)
 
 
 # --- a session of the tiny model ------------------------------------------------------------------
 
-QUESTIONS = ["what color is the 7?", "where is the 4?"]
+CONVERSATION = {
+    "picture": "tiny/samples/board.png",
+    "questions": ["what color is the 7?", "where is the 4?"],
+    "prefill_sparsity": 0.75,
+    "decode_sparsity": 0.9,
+}
 
 
 class Float64Session:
     """The tiny model in float64 with attention from oracle.py: nothing of sparsevila.py and
     kernels.py is used, and of model.py the layers only."""
 
-    def __init__(self):
+    def __init__(self, picture: str):
         from model import load, open_picture
 
         vlm, self.processor = load(ROOT / "tiny", device="cpu")
         self.vlm = vlm.double()
-        picture = open_picture(ROOT / "tiny" / "samples" / "board.png")
-        self.pixels = self.processor.pixels([picture])
+        self.pixels = self.processor.pixels([open_picture(ROOT / picture)])
         self.k = [None] * vlm.config.text.layers
         self.v = [None] * vlm.config.text.layers
         self.hidden: list[set[int]] = [set() for _ in self.k]
@@ -212,10 +228,14 @@ class Float64Session:
         hidden = self.vlm.decoder(embeddings, positions, self.attend)
         return self.vlm.lm_head(hidden[0, -1])
 
-    def run(self, prefill: float, decode: float) -> tuple[dict, dict]:
+    @torch.no_grad()
+    def run(
+        self, questions: list[str], prefill_sparsity: float, decode_sparsity: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Inputs and expected outputs, in float64."""
         salience = self.salience()
-        kept = oracle.select_tokens(salience.tolist(), oracle.keep_count(len(salience), prefill))
+        keep = oracle.keep_count(len(salience), prefill_sparsity)
+        kept = oracle.select_tokens(salience.tolist(), keep)
         visual = self.vlm.project(self.features[:, kept])[0]
         ids = self.processor.context([len(kept)])
         rows = [n for n, i in enumerate(ids) if i == self.processor.image_token_id]
@@ -223,7 +243,7 @@ class Float64Session:
         outputs = {"salience": salience, "kept": torch.tensor(kept)}
         self.read(self.vlm.embed(ids, visual), 0)
         before = list(self.k), list(self.v)
-        for turn, question in enumerate(QUESTIONS):
+        for turn, question in enumerate(questions):
             self.k, self.v = (list(side) for side in before)  # the turn before is evicted
             self.hidden = [set() for _ in self.k]
             asked = self.processor.question(question, first=True)
@@ -234,7 +254,7 @@ class Float64Session:
             for layer, q in enumerate(self.queries):
                 received = Attention(q, self.k[layer], causal=True).weights.sum((0, 1, 2))[rows]
                 relevance.append(received / (q.shape[1] * q.shape[2]))
-                keep = oracle.keep_count(len(rows), decode)
+                keep = oracle.keep_count(len(rows), decode_sparsity)
                 chosen = oracle.select_tokens(relevance[-1].tolist(), keep)
                 retrieved.append(chosen)
                 self.hidden[layer] = set(rows) - {rows[i] for i in chosen}
@@ -252,13 +272,12 @@ class Float64Session:
         return inputs, outputs
 
 
-@torch.no_grad()
 def session_case() -> Case:
-    from .run import session
+    from sparsevila import SparseVILA
 
-    parameters = {"prefill_sparsity": 0.75, "decode_sparsity": 0.9}
-    inputs, truth = Float64Session().run(*parameters.values())
-    single = session(**parameters)
+    settings = dict(CONVERSATION)
+    inputs, truth = Float64Session(settings.pop("picture")).run(**settings)
+    single = session(SparseVILA, **CONVERSATION)
     outputs = {}
     for name, expected in truth.items():
         if expected.is_floating_point():
@@ -268,7 +287,7 @@ def session_case() -> Case:
         else:
             outputs[name] = expected, None
     why = "16 times the largest difference between a float32 run of this project and float64"
-    return Case("session", parameters, inputs, outputs, why)
+    return Case("SparseVILA", CONVERSATION, inputs, outputs, why)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -276,7 +295,15 @@ def session_case() -> Case:
 
 def write(folder: Path = FOLDER) -> None:
     tensors, manifest, counts = {}, [], {}
-    for case in [*all_cases(), session_case()]:
+    lab = Lab({})
+    for case in (
+        *attention_cases(lab),
+        *choosing_cases(lab),
+        *weight_cases(lab),
+        quantization_case(),
+        retrieval_case(lab),
+        session_case(),
+    ):
         number = counts[case.operation] = counts.get(case.operation, -1) + 1
         prefix = f"{case.operation}/{number}"
 

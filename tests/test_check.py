@@ -1,0 +1,221 @@
+"""What tests/conformance tells about bad input, and that its files are what its script makes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import vectors
+from conformance.check import expectations, main
+from conformance.checks import CHECKS, Lab
+from conformance.conftest import load_implementation
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "attention_lse/0/lse"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder of right results of one operation: what is expected."""
+    manifest, tensors = expectations()
+    places = [p["tensor"] for case in manifest for p in case["outputs"].values()]
+    right = {name: tensors[name] for name in places if name.startswith("attention_lse/")}
+    save_file(right, tmp_path / "results.safetensors")
+    return tmp_path
+
+
+def verdict(folder: Path, capsys) -> tuple[int, str]:
+    status = main([str(folder)])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def changed(folder: Path, change) -> None:
+    """Change the results of a folder in place."""
+    tensors = load_file(folder / "results.safetensors")
+    tensors = change({name: tensor.clone() for name, tensor in tensors.items()})
+    save_file(tensors, folder / "results.safetensors")
+
+
+def test_right_results_exit_with_zero(results, capsys):
+    status, words = verdict(results, capsys)
+    assert status == 0 and "attention_lse" in words and words.count("not provided") == 13
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t | {NAME: torch.zeros(7)}, "shape must be [1, 1, 1], got [7]"),
+        (lambda t: t | {NAME: t[NAME].double()}, "dtype must be float32, got float64"),
+        (lambda t: t | {NAME: t[NAME] * torch.nan}, "1 NaN"),
+        (lambda t: t | {NAME: t[NAME] + torch.inf}, "inf in place of"),
+        (lambda t: t | {NAME: t[NAME] + 1e-3}, "1 of 1 wrong, the first at 0"),
+        (lambda t: {n: v for n, v in t.items() if n != NAME}, f"{NAME}: missing"),
+        (lambda t: t | {"attention_lse/0/lze": torch.ones(1)}, "no case: attention_lse/0/lze"),
+        (lambda t: t | {"lse": torch.ones(1)}, "no case: lse"),
+    ],
+)
+def test_wrong_results_are_named(results, capsys, change, words):
+    changed(results, change)
+    status, printed = verdict(results, capsys)
+    assert status == 1 and words in printed
+
+
+def test_an_infinity_that_is_expected_must_be_there(results, capsys):
+    _, tensors = expectations()
+    name = next(n for n, t in tensors.items() if n.endswith("/lse") and t.isinf().any())
+    changed(results, lambda t: t | {name: t[name].nan_to_num(neginf=-1e30)})
+    status, printed = verdict(results, capsys)
+    assert status == 1 and f"{name}: " in printed and "in place of -inf" in printed
+
+
+def test_folders_without_results(results, capsys):
+    file = results / "results.safetensors"
+    content = file.read_bytes()
+    for damage, words in (
+        (lambda: file.write_bytes(content[:-1]), "damaged"),
+        (lambda: file.write_bytes(b""), "damaged"),
+        (lambda: file.write_bytes(b"\xff" * 1000), "damaged"),
+        (lambda: save_file({}, file), "hold no tensors"),
+        (lambda: file.unlink(), "holds no .safetensors files"),
+        (lambda: results.rmdir(), "no folder"),
+    ):
+        damage()
+        status, printed = verdict(results, capsys)
+        assert status == 1 and words in printed and str(results) in printed
+        assert printed.count("\n") == 1
+
+
+def test_a_tensor_in_two_files(results, capsys):
+    content = (results / "results.safetensors").read_bytes()
+    (results / "zweite.safetensors").write_bytes(content)
+    status, printed = verdict(results, capsys)
+    assert status == 1 and "zweite.safetensors: attention_lse/0/lse is in another file" in printed
+
+
+def test_the_files_are_what_the_script_makes():
+    """Inputs and whatever is exact to the bit; float64 sums may be added up in another order."""
+    manifest, recorded = expectations()
+    lab = Lab({})
+    cases = [
+        *vectors.attention_cases(lab), *vectors.choosing_cases(lab), *vectors.weight_cases(lab),
+        vectors.quantization_case(), vectors.retrieval_case(lab), vectors.session_case(),
+    ]  # fmt: skip
+    assert [case["operation"] for case in manifest] == [case.operation for case in cases]
+    for written, case in zip(manifest, cases):
+        assert written["inputs"].keys() == case.inputs.keys()
+        for name, tensor in case.inputs.items():
+            assert torch.equal(recorded[written["inputs"][name]["tensor"]], tensor)
+        for name, (expected, allowed) in case.outputs.items():
+            place = written["outputs"][name]
+            got = recorded[place["tensor"]]
+            assert list(got.shape) == place["shape"] and str(got.dtype).endswith(place["dtype"])
+            if allowed is None:
+                assert place["tolerance"] == "exact" and torch.equal(got, expected)
+            else:
+                assert torch.allclose(got.double(), expected.double(), rtol=1e-6, atol=1e-30)
+
+
+def test_every_operation_has_cases():
+    manifest, _ = expectations()
+    assert {case["operation"] for case in manifest} == CHECKS.keys()
+
+
+def test_an_allowed_error_is_small_beside_what_it_belongs_to():
+    """A tolerance that lets anything pass would be none: of the largest value at most a hundredth
+    in float32, a tenth in 16 bits."""
+    manifest, tensors = expectations()
+    for case in manifest:
+        for place in case["outputs"].values():
+            if place["tolerance"] != "exact":
+                expected, allowed = tensors[place["tensor"]], tensors[place["tolerance"]]
+                largest = expected[expected.isfinite()].abs().amax().clamp(min=1e-3).double()
+                limit = 1e-2 if expected.dtype == torch.float32 else 0.1
+                assert allowed.max() < limit * largest, place["tensor"]
+
+
+# --- --impl ---------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--impl", "no_such_module"], "No module named 'no_such_module'"),
+        (["--impl", "no_such.py"], "--impl no_such.py: no such file"),
+        (["--impl", "json"], "--impl json defines none of attention_lse, "),
+        (["--impl-dtypes", "float32,int3"], "'int3' is none of float32, float16, bfloat16"),
+        (["--impl-device", "abacus"], "--impl-device: "),
+    ],
+)
+def test_wrong_options_are_one_line(options, words):
+    status, printed = run("pytest", "-q", "tests/conformance", *options)
+    assert status == pytest.ExitCode.USAGE_ERROR and words in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_what_a_module_does_not_define_is_not_provided(tmp_path):
+    """Also what it only imports from ours, and what it refuses in part."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from kernels import attention_colsum, attention_lse\n"
+        "def keep_count(n, sparsity):\n"
+        "    return n\n"
+        "def select_tokens(scores, keep):\n"
+        "    raise NotImplementedError('tomorrow')\n"
+    )
+    assert load_implementation(str(file)).keys() == {"keep_count", "select_tokens"}
+    status, printed = run("pytest", "-q", "-rs", "tests/conformance", "--impl", str(file))
+    assert status == 1 and "1 failed" in printed and " passed" not in printed
+    assert "attention_lse not provided" in printed
+    assert "select_tokens not provided in part: tomorrow" in printed
+    folder = tmp_path / "results"
+    status, printed = run("tests.conformance.run", str(folder), "--impl", str(file))
+    assert status == 0, printed
+    status, printed = run("tests.conformance.check", str(folder))
+    assert status == 1 and "keep_count/0/count" in printed and "shape" not in printed
+
+
+def test_a_changed_copy_of_our_files_meets_its_own_neighbours(tmp_path):
+    """--impl copy/sparsevila.py imports copy/kernels.py, not ours."""
+    for name in ("sparsevila.py", "model.py", "awq.py", "kernels.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    with (tmp_path / "kernels.py").open("a") as file:
+        file.write("\ndef attention_colsum(q, k, **options):\n    raise AssertionError('mine')\n")
+    ours = sys.modules["kernels"]
+    theirs = load_implementation(str(tmp_path / "sparsevila.py"))
+    assert sys.modules["kernels"] is ours
+    with pytest.raises(AssertionError, match="mine"):
+        CHECKS["RetrievalCache"][0](Lab(theirs))
+
+
+def test_the_documented_adapter(monkeypatch, tmp_path):
+    """The README's adapter, with a stand-in that does what flash-colreduce says of itself."""
+    text = (ROOT / "tests" / "conformance" / "README.md").read_text()
+    adapter = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "flash_colreduce.py").write_text(
+        "def flash_colreduce(q, k, reduction, is_causal=False, scale=None):\n"
+        "    import torch\n"
+        "    scale = q.shape[3] ** -0.5 if scale is None else scale\n"
+        "    scores = scale * q @ k.mT\n"
+        "    if is_causal:\n"
+        "        M, N = scores.shape[2:]\n"
+        "        mask = torch.ones(M, N, dtype=torch.bool).tril(N - M)\n"
+        "        scores = scores.masked_fill(~mask, -torch.inf)\n"
+        "    return scores.softmax(-1).nan_to_num(0).sum(2)\n"
+    )
+    (tmp_path / "adapter.py").write_text(adapter)
+    status, printed = run(
+        "pytest", "-q", "-rs", "tests/conformance", "--impl", str(tmp_path / "adapter.py")
+    )
+    assert status == 0 and "it has no argument for the rows' log-sum-exp" in printed, printed
