@@ -1,6 +1,7 @@
 """What tests/conformance tells about bad input, and that its files are what its script makes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,14 @@ def test_an_allowed_error_is_small_beside_what_it_belongs_to():
                 largest = expected[expected.isfinite()].abs().amax().clamp(min=1e-3).double()
                 limit = 1e-2 if expected.dtype == torch.float32 else 0.1
                 assert allowed.max() < limit * largest, place["tensor"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node")
+def test_a_program_in_another_language(tmp_path, capsys):
+    example = ROOT / "tests" / "conformance" / "example.js"
+    subprocess.run(["node", example, tmp_path / "results"], check=True)
+    status, printed = verdict(tmp_path / "results", capsys)
+    assert status == 0 and printed.count("right") == 2, printed
 
 
 # --- --impl ---------------------------------------------------------------------------------------
