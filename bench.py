@@ -1,15 +1,17 @@
 """Measurements that a reader can repeat. Every command prints the machine it ran on.
 
+    python bench.py speed                     dense and sparse, stage by stage, end to end
     python bench.py load                      memory and time of loading 10^9 weights
     python bench.py make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
     python bench.py versus FOLDER             our dense decoding beside Hugging Face transformers'
 
-The last one needs transformers installed. To see the stages of a model, dense and sparse, give the
+The last one needs transformers installed, and so does `speed --versus transformers`. To see the stages of a model, dense and sparse, give the
 folder to `python sparsevila.py --model FOLDER`.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,15 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 
-from model import VLM, Config, TextConfig, VisionConfig, load
+import awq
+import model as model_file
+from kernels import decode_attention
+from model import VLM, Config, KVCache, Stopwatch, TextConfig, View, VisionConfig, load
+from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
 
 HERE = Path(__file__).resolve().parent
 
@@ -211,6 +222,499 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS
 
 
+# --- speed ----------------------------------------------------------------------------------------
+
+
+class Preset(NamedTuple):
+    """A decoder, a vision tower and a clip in a real model's shape, all of random weights."""
+
+    config: Config
+    pictures: int  # frames, or tiles of pictures
+    tokens: int = 0  # visual tokens of a picture whose tower is not one of ours, and is left out
+
+
+def _qwen2(**sizes: Any) -> TextConfig:
+    common = TextConfig(vocab=151936, layers=28, rope_theta=1e6, qkv_bias=True)
+    return replace(common, max_positions=2**20, **sizes)
+
+
+_SIGLIP_SO400M = VisionConfig(
+    width=1152, mlp=4304, layers=27, heads=16, image_size=448, patch_size=14,
+    activation="gelu_pytorch_tanh", eps=1e-6, class_token=False,
+)  # fmt: skip
+_QWEN2_7B = _qwen2(width=3584, mlp=18944, heads=28, kv_heads=4)
+_VILA = {"projector": "mlp_downsample_2x2_fix", "merge": 2}
+PRESETS = {
+    # 256 frames of 32 x 32 patches, 2 x 2 merged: 65,536 visual tokens
+    "longvila-7b": Preset(Config(_SIGLIP_SO400M, _QWEN2_7B, **_VILA), 256),
+    "longvila-1.5b": Preset(
+        Config(
+            _SIGLIP_SO400M, _qwen2(width=1536, mlp=8960, heads=12, kv_heads=2, tied=True), **_VILA
+        ),
+        256,
+    ),
+    # the whole and four tiles: 2,880 visual tokens
+    "llava-next-7b": Preset(
+        Config(
+            VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14),
+            TextConfig(vocab=32064, eps=1e-5, max_positions=2**20),
+        ),
+        5,
+    ),
+    # one picture of 1920 x 1080
+    "qwen2.5-vl-7b": Preset(Config(_SIGLIP_SO400M, _QWEN2_7B), 1, tokens=2691),
+    # the whole and sixteen tiles: 1,088 visual tokens
+    "smolvlm-256m": Preset(
+        Config(
+            VisionConfig(
+                768, 3072, 12, 12, image_size=512, patch_size=16, activation="gelu_pytorch_tanh",
+                eps=1e-6, feature_layer=-1, class_token=False, last_norm=True,
+            ),
+            TextConfig(
+                vocab=49280, width=576, mlp=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
+                max_positions=2**20,
+            ),
+            projector="linear", merge=4,
+        ),
+        17,
+    ),
+    # small enough for two cores, long enough to mean something: 64 frames, 16,384 visual tokens
+    "laptop": Preset(
+        Config(
+            VisionConfig(
+                384, 1536, 6, 6, image_size=224, patch_size=14, activation="gelu_pytorch_tanh",
+                eps=1e-6, feature_layer=-1, class_token=False,
+            ),
+            TextConfig(
+                vocab=8192, width=512, mlp=1408, layers=8, heads=8, kv_heads=4, head_dim=64,
+                max_positions=2**20,
+            ),
+        ),
+        64,
+    ),
+}  # fmt: skip
+QUESTION_TOKENS = 32
+
+
+def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 0) -> VLM:
+    """Weights of size 1 / sqrt(inputs), norms of 1, biases of 0: finite whatever the depth."""
+    with torch.device("meta"):
+        model = VLM(config)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
+        else:
+            weight.fill_(float("norm" in name and name.endswith("weight")))
+    return model
+
+
+def quantise(model: VLM) -> None:
+    """Round the decoder's blocks to four bits and the tower's to eight, as awq.py would leave them:
+    which numbers are in the weights makes no difference to the time."""
+    for blocks, kind in (
+        (model.decoder.layers, awq.W4A16Linear), (model.vision_tower.layers, awq.W8A8Linear),
+    ):  # fmt: skip
+        for block in blocks:
+            for parent in (block.self_attn, block.mlp):
+                for name, linear in list(parent.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(parent, name, kind.from_linear(linear))
+
+
+class Script:
+    """What `SparseVILA` needs of a processor: noise for pictures, prompts of fixed length."""
+
+    def __init__(self, config: Config, pictures: int):
+        S = config.vision.image_size
+        noise = torch.Generator().manual_seed(1)
+        self.noise = torch.randn(pictures, 3, S, S, generator=noise)
+        self.image_token_id = config.image_token_id
+
+    def views(self, pictures: list, fps: float | None = None) -> list[View]:
+        return [View(picture, number) for number, picture in enumerate(pictures)]
+
+    def pixels(self, views: list[View]) -> Tensor:
+        return self.noise
+
+    def context(self, counts: list[int], views: list[View] | None = None) -> list[int]:
+        return [*range(1, 17), *[self.image_token_id] * sum(counts)]
+
+    def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
+        return list(range(100, 100 + QUESTION_TOKENS))
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+@contextmanager
+def timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
+    """While open, every call of owner.name adds its milliseconds to a list."""
+    function, times = getattr(owner, name), []
+
+    def measured(*arguments, **options):
+        watch = Stopwatch(device)
+        result = function(*arguments, **options)
+        watch.lap("call")
+        times.append(watch.milliseconds["call"])
+        return result
+
+    setattr(owner, name, measured)
+    try:
+        yield times
+    finally:
+        setattr(owner, name, function)
+
+
+class StaticStep:
+    """A decoding step that a CUDA graph can replay: all that changes, the token, its position and
+    the rows to write, is in tensors on the device. Continues a session's cache, greedily."""
+
+    def __init__(self, model: VLM, cache: KVCache, first: int, steps: int):
+        self.model = model
+        self.caches = [cache, cache.packed] if isinstance(cache, RetrievalCache) else [cache]
+        new = {"device": model.device, "dtype": torch.int64}
+        self.rows = [torch.tensor([each.length], **new) for each in self.caches]
+        self.position = torch.tensor([cache.next_position], **new)
+        self.token = torch.tensor([first], **new)
+        self.state = [self.token, self.position, *self.rows]
+        for each in self.caches:
+            for layer, length in enumerate(each.filled):  # room for the rows to come
+                k, v = (
+                    b[:, :, :1].expand(-1, -1, steps, -1) for b in (each.k[layer], each.v[layer])
+                )
+                each.append(layer, k, v)
+                each.filled[layer] = length
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for cache, row in zip(self.caches, self.rows):
+            cache.k[layer].index_copy_(2, row, k)
+            cache.v[layer].index_copy_(2, row, v)
+        length = self.rows[-1][0] + 1
+        return decode_attention(q, cache.k[layer], cache.v[layer], length=length)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        embedding = self.model.decoder.embed_tokens(self.token)[None]
+        hidden = self.model.decoder(embedding, self.position, self.attend)
+        self.token.copy_(self.model.lm_head(hidden[0, -1]).argmax())
+        for rows in (self.position, *self.rows):
+            rows += 1
+
+    def captured(self) -> Callable[[], None]:
+        """The step as a CUDA graph."""
+        start = [tensor.clone() for tensor in self.state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled before the capture
+            self()
+            self()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        for tensor, value in zip(self.state, start):
+            tensor.copy_(value)
+        return graph.replay
+
+
+def decode_statically(
+    model: VLM, cache: KVCache, first: int, steps: int
+) -> tuple[list[int], float]:
+    """The tokens after the first and the milliseconds they take, by a CUDA graph on a GPU."""
+    static = StaticStep(model, cache, first, steps + 2)
+    step = static.captured() if model.device.type == "cuda" else static
+    made, watch = [], Stopwatch(model.device)
+    for _ in range(steps):
+        step()
+        made.append(static.token.clone())
+    watch.lap("decode")
+    return torch.cat(made).tolist(), watch.milliseconds["decode"]
+
+
+# What is measured in a run, in the order of the data; milliseconds.
+STAGES = ("vision", "salience", "prune", "prefill", "question", "scoring", "packing", "decode")
+
+
+def run_once(session: SparseVILA, pictures: int, tokens: int) -> tuple[dict[str, float], list[int]]:
+    """One clip, one question and its answer: milliseconds by stage, bytes of keys and values, peak
+    of memory in bytes; and the tokens of the answer."""
+    device, blank = session.model.device, Image.new("RGB", (1, 1))
+    graph = device.type == "cuda"
+    reset_peak(device)
+    with (
+        timed(model_file, "token_salience", device) as salience,
+        timed(RetrievalCache, "score", device) as scoring,
+    ):
+        session.see([blank] * pictures)
+        answer = session.ask("?", max_new_tokens=1 if graph else tokens)
+    laps, cache = session.stats["milliseconds"] | answer.timings, session.cache
+    made = answer.token_ids
+    if graph:
+        rest, milliseconds = decode_statically(session.model, cache, made[0], tokens - 1)
+        made, laps["decode"] = made + rest, laps["decode"] + milliseconds
+    laps["vision"] -= sum(salience)
+    laps["question"] -= sum(scoring)
+    laps |= {"salience": sum(salience), "scoring": sum(scoring), "packing": laps["retrieve"]}
+    if isinstance(session, Dense):
+        laps["salience"] = 0.0  # a dense model has no use for it
+    run = {stage: laps[stage] for stage in STAGES}
+    run["end to end"] = sum(run.values())
+    run["first token"] = run["end to end"] - run["decode"]
+    buffers = [*cache.k, *cache.v]
+    row = sum(buffer[:, :, 0].nbytes for buffer in buffers)
+    run["bytes attended"] = answer.kv_bytes_per_token + row * (tokens - 1) / 2
+    if isinstance(cache, RetrievalCache):
+        buffers += [*cache.packed.k, *cache.packed.v]
+    run["bytes held"] = sum(buffer.nbytes for buffer in buffers)
+    return run | {"peak bytes": peak(device)}, made
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to watch the peak of memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int:
+    """Bytes that were in use at most: allocated on a GPU, resident on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak()
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per millisecond at which a large tensor is read and added up."""
+    big = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
+    watch, times = Stopwatch(device), []
+    for _ in range(6):  # the first warms up
+        big.sum()
+        watch.lap("sum")
+        times.append(watch.milliseconds["sum"])
+    return big.nbytes / min(times[1:])
+
+
+def decoder_bytes(model: VLM) -> int:
+    """Bytes of all weights that a decoding step reads: blocks, last norm and output head."""
+    parts = (model.decoder.layers, model.decoder.norm, model.lm_head)
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    return sum(t.nbytes for t in tensors)
+
+
+def leave_out_tower(model: VLM, n: int) -> None:
+    """Let `encode` give noise for n visual tokens a picture, at once."""
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        width = model.config.merge**2 * model.config.vision.width
+        noise = torch.Generator(model.device).manual_seed(2)
+        new = {"device": model.device, "generator": noise}
+        features = torch.randn(len(pixels), n, width, dtype=model.dtype, **new)
+        return features, torch.rand(len(pixels), n, **new)
+
+    model.encode = encode
+
+
+def speed(arguments: argparse.Namespace) -> dict:
+    """Dense and sparse in turn on one random model; prints a table and returns the figures."""
+    config, pictures, tokens_each = PRESETS[arguments.preset]
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
+    N = arguments.answer_tokens
+    settings = {
+        "prefill_sparsity": arguments.prefill_sparsity,
+        "decode_sparsity": arguments.decode_sparsity,
+    }
+    for name, sparsity in settings.items():
+        check_sparsity(name, sparsity)
+    if N < 2:
+        raise ValueError("--answer-tokens must be at least 2, for there to be a decoding step")
+    if arguments.versus and arguments.quantised:
+        raise ValueError("--versus compares weights that are not quantised: leave out --quantised")
+    model = random_model(replace(config, stop_ids=()), device, dtype)
+    if arguments.quantised:
+        quantise(model)
+    n = tokens_each or config.visual_tokens
+    pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
+    if tokens_each:  # a tower that is not ours: features and salience from nowhere
+        leave_out_tower(model, n)
+    script = Script(config, pictures)
+    kinds = {"dense": Dense, "sparse": SparseVILA}
+    runs: dict[str, list[dict]] = {name: [] for name in kinds}
+    theirs = Transformers(model, script, pictures * n) if arguments.versus else None
+    for number in range(arguments.runs + 1):
+        tokens = N if number else 2  # the first round warms up
+        made = {}
+        for name, kind in kinds.items():
+            run, made[name] = run_once(kind(model, script, **settings), pictures, tokens)
+            runs[name].append(run)
+        if theirs:
+            theirs.run(made["dense"])
+        print(f"\rround {number} of {arguments.runs}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    runs = {name: each[1:] for name, each in runs.items()}
+    result = {
+        "machine": machine(), "preset": arguments.preset, "precision": model.precision,
+        "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS, "answer_tokens": N,
+        "runs": arguments.runs, **settings,
+    }  # fmt: skip
+    result |= summarise(runs, N, decoder_bytes(model), read_bandwidth(device))
+    return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
+
+
+def summarise(runs: dict[str, list[dict]], tokens: int, weights: int, bandwidth: float) -> dict:
+    """Medians with the least and the most, and what follows from the medians."""
+    spread = {
+        name: {
+            key: [f(run[key] for run in each) for f in (statistics.median, min, max)]
+            for key in each[0]
+        }
+        for name, each in runs.items()
+    }
+    dense, sparse = ({key: value[0] for key, value in spread[name].items()} for name in runs)
+    for one in (dense, sparse):
+        one["decode a token"] = one["decode"] / (tokens - 1)
+        one["bound"] = (weights + one["bytes attended"]) / bandwidth
+        one["reached"] = one["bound"] / one["decode a token"]
+    saved = dense["decode a token"] - sparse["decode a token"]
+
+    def break_even(stages: tuple[str, ...]) -> float | None:
+        """Answer tokens after which what sparsity costs in these stages is earned back."""
+        cost = sum(sparse[stage] - dense[stage] for stage in stages)
+        return 0.0 if cost <= 0 else cost / saved if saved > 0 else None
+
+    before, during = ("salience", "prune", "prefill"), ("scoring", "packing", "decode")
+    return {
+        "read_bandwidth_gb_per_s": bandwidth / 1e6, "decoder_weight_bytes": weights,
+        "milliseconds_and_bytes": spread, "dense": dense, "sparse": sparse,
+        "prefill_speedup": _ratio(dense, sparse, before),
+        "decode_speedup": _ratio(dense, sparse, during),
+        "first_token_speedup": _ratio(dense, sparse, ("first token",)),
+        "end_to_end_speedup": _ratio(dense, sparse, ("end to end",)),
+        "break_even_tokens_first_question": break_even(STAGES[:-1]),
+        "break_even_tokens_later_questions": break_even(("question", "scoring", "packing")),
+    }  # fmt: skip
+
+
+def _ratio(dense: dict, sparse: dict, stages: tuple[str, ...]) -> float:
+    return sum(dense[stage] for stage in stages) / sum(sparse[stage] for stage in stages)
+
+
+class Transformers:
+    """Hugging Face's dense decoder with the same weights, answering the same prompt."""
+
+    def __init__(self, model: VLM, script: Script, visual_tokens: int):
+        import transformers
+
+        text, self.version = model.config.text, transformers.__version__
+        config = transformers.AutoConfig.for_model(
+            "qwen2" if text.qkv_bias else "llama", vocab_size=text.vocab, hidden_size=text.width,
+            intermediate_size=text.mlp, num_hidden_layers=text.layers, head_dim=text.head_dim,
+            num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
+            rms_norm_eps=text.eps, max_position_embeddings=text.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+            tie_word_embeddings=text.tied,
+        )  # fmt: skip
+        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        weights = {
+            name.replace("decoder.", "model.", 1): weight
+            for name, weight in model.state_dict().items()
+            if name.startswith(("decoder.", "lm_head."))
+        }
+        self.model.load_state_dict(weights, assign=True)
+        self.model.eval().to(model.device)
+        visual = model.project(model.encode(script.pixels([]))[0]).flatten(0, 1)
+        ids = script.context([visual_tokens]) + script.question("", first=True)
+        self.prompt, self.first, self.decode, self.same = model.embed(ids, visual), [], [], []
+
+    @torch.no_grad()
+    def run(self, expected: list[int]) -> None:
+        """Generate as many tokens as are expected."""
+        clock, began = Clock(), time.perf_counter()
+        made = self.model.generate(
+            inputs_embeds=self.prompt, max_new_tokens=len(expected), do_sample=False,
+            min_new_tokens=len(expected), streamer=clock,
+        )[0].tolist()  # fmt: skip
+        first, last = clock.times[1], clock.times[-1]  # at 0 comes the prompt
+        self.first.append(1000 * (first - began))
+        self.decode.append(1000 * (last - first) / (len(expected) - 1))
+        self.same.append(made == expected)
+
+    def summary(self, ours: dict) -> dict:
+        """Medians without the first run, and how many times as long as ours they take."""
+        first, decode = statistics.median(self.first[1:]), statistics.median(self.decode[1:])
+        before = ours["prefill"] + ours["question"]
+        return {
+            "version": self.version, "same_tokens": all(self.same), "first_token_ms": first,
+            "decode_ms_a_token": decode, "first_token_ratio": first / before,
+            "decode_ratio": decode / ours["decode a token"],
+        }  # fmt: skip
+
+
+class Clock:
+    """What transformers calls a streamer: notes when the prompt and each token come."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, _) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def print_speed(result: dict) -> None:
+    dense, sparse = result["dense"], result["sparse"]
+    print(result["machine"])
+    print(
+        f"{result['preset']}, {result['precision']}, {result['visual_tokens']:,} visual tokens, "
+        f"question of {result['question_tokens']}, answer of {result['answer_tokens']}; sparsity "
+        f"{result['prefill_sparsity']:.0%} / {result['decode_sparsity']:.0%}; medians of "
+        f"{result['runs']} runs in turn (least to most)\n"
+    )
+
+    def cell(name: str, key: str) -> str:
+        middle, least, most = result["milliseconds_and_bytes"][name][key]
+        return f"{middle:,.1f} ({least:,.1f} to {most:,.1f})"
+
+    def line(label: str, dense: str, sparse: str) -> None:
+        print(f"{label:36}{dense:>32}{sparse:>32}")
+
+    line("", "dense", "sparse")
+    for stage in (*STAGES, "first token", "end to end"):
+        line(f"{stage}, ms", *(cell(name, stage) for name in ("dense", "sparse")))
+    for label, key in (
+        ("KV read a token, MB", "bytes attended"), ("KV held, MB", "bytes held"),
+        ("peak memory, MB", "peak bytes"),
+    ):  # fmt: skip
+        line(label, *(f"{one[key] / 1e6:,.1f}" for one in (dense, sparse)))
+    for label, key in (("decode, ms a token", "decode a token"), ("  its bound, ms", "bound")):
+        line(label, *(f"{one[key]:.2f}" for one in (dense, sparse)))
+    line("  bound reached", *(f"{one['reached']:.0%}" for one in (dense, sparse)))
+    print(
+        f"\nbound: decoder weights ({result['decoder_weight_bytes'] / 1e6:.0f} MB) and KV read, at "
+        f"{result['read_bandwidth_gb_per_s']:.1f} GB/s, measured"
+    )
+    print(
+        f"prefill {result['prefill_speedup']:.2f} x (with salience and prune), "
+        f"decode {result['decode_speedup']:.2f} x (with scoring and packing), first token "
+        f"{result['first_token_speedup']:.2f} x, end to end {result['end_to_end_speedup']:.2f} x"
+    )
+    for questions in ("first_question", "later_questions"):
+        count = result[f"break_even_tokens_{questions}"]
+        text = "never" if count is None else f"from {math.ceil(count)} answer tokens on"
+        print(f"sparsity pays in the {questions.replace('_', ' ')} {text}")
+    if "transformers" in result:
+        theirs = result["transformers"]
+        print(
+            f"transformers {theirs['version']}, dense decoder: first token "
+            f"{theirs['first_token_ms']:,.1f} ms, {theirs['first_token_ratio']:.2f} x ours, then "
+            f"{theirs['decode_ms_a_token']:.2f} ms a token, {theirs['decode_ratio']:.2f} x ours; "
+            f"same tokens: {theirs['same_tokens']}"
+        )
+
+
 # --- versus ---------------------------------------------------------------------------------------
 
 
@@ -238,16 +742,6 @@ def versus(folder: str, tokens: int, runs: int) -> None:
             on_token=lambda _: times.append(time.perf_counter()),
         )  # fmt: skip
         return made, times
-
-    class Clock:  # what transformers calls a streamer
-        def __init__(self):
-            self.times: list[float] = []
-
-        def put(self, _) -> None:  # first with the prompt, then with every token
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
 
     def run_theirs() -> tuple[list[int], list[float]]:
         clock, began = Clock(), time.perf_counter()
@@ -284,9 +778,33 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def main() -> None:
+def positive(text: str) -> int:
+    """A count given on the command line."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measurements that a reader can repeat.")
     commands = parser.add_subparsers(dest="command", required=True)
+    timing = commands.add_parser("speed", help="dense and sparse, stage by stage, random weights")
+    timing.add_argument("--preset", choices=PRESETS, default="laptop")
+    timing.add_argument("--visual-tokens", type=positive, metavar="N", help="default: the preset's")
+    timing.add_argument("--answer-tokens", type=positive, default=128, metavar="N")
+    timing.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
+    timing.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
+    timing.add_argument("--quantised", action="store_true", help="four-bit decoder, int8 tower")
+    timing.add_argument("--runs", type=positive, default=5, help="of each, in turn (default: 5)")
+    timing.add_argument("--device", help="default: cuda if there is one, else cpu")
+    timing.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"],
+        help="default: float32 on a CPU, float16 on a GPU",
+    )  # fmt: skip
+    timing.add_argument(
+        "--versus", choices=["transformers"], help="beside Hugging Face's dense decoder"
+    )
+    timing.add_argument("--json", action="store_true", help="one JSON object as the last line")
     loading = commands.add_parser("load", help="memory and time of loading 10^9 weights")
     loading.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     loading.add_argument("--folder", help=argparse.SUPPRESS)  # the process that is measured
@@ -297,8 +815,25 @@ def main() -> None:
     comparing.add_argument("folder")
     comparing.add_argument("--tokens", type=int, default=64)
     comparing.add_argument("--runs", type=int, default=5)
-    arguments = parser.parse_args()
-    if arguments.command == "make":
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "speed":
+        result = speed(arguments)
+        print_speed(result)
+        if arguments.json:
+            print(json.dumps(result))
+    elif arguments.command == "make":
         make(arguments.preset, arguments.folder)
     elif arguments.command == "versus":
         versus(arguments.folder, arguments.tokens, arguments.runs)

@@ -281,3 +281,21 @@ def test_gradients_flow_where_there_is_no_cache():
     vlm(embeddings).sum().backward()
     assert embeddings.grad.abs().sum() > 0
     assert not vlm(embeddings, KVCache(2)).requires_grad
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (1,), (1, 1), (3,), (2, 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_is_the_same_product_by_either_library(rows, bias):
+    """oneDNN's for large weights in inference, MKL's where gradients flow; against float64."""
+    torch.manual_seed(0)
+    for inputs, outputs in ((512, 256), (256, 512), (300, 500), (8, 8)):
+        linear = model.Linear(inputs, outputs, bias=bias)
+        x = torch.randn(*rows, 2 * inputs)[..., ::2]  # strided
+        expected = x.double() @ linear.weight.double().T
+        expected = expected + linear.bias.double() if bias else expected
+        with torch.no_grad():
+            got = linear(x)
+        assert got.shape == (*rows, outputs)
+        bound = 600 * 2**-24 * (x.double().abs() @ linear.weight.double().abs().T + 1)
+        assert ((got - expected).abs() <= bound).all()
+        assert ((linear(x) - expected).abs() <= bound).all() and linear(x).requires_grad
