@@ -1,12 +1,14 @@
 """Measurements that a reader can repeat. Every command prints the machine it ran on.
 
     python bench.py speed                     dense and sparse, stage by stage, end to end
+    python bench.py accuracy                  SparseVILA, other methods and variants, tiny model
     python bench.py load                      memory and time of loading 10^9 weights
     python bench.py make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
     python bench.py versus FOLDER             our dense decoding beside Hugging Face transformers'
 
-The last one needs transformers installed, and so does `speed --versus transformers`. To see the stages of a model, dense and sparse, give the
-folder to `python sparsevila.py --model FOLDER`.
+`versus` and `speed --versus transformers` need transformers installed, `--figure` matplotlib. To
+see the stages of a model, dense and sparse, give the folder to `python sparsevila.py --model
+FOLDER`.
 """
 
 import argparse
@@ -19,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -33,10 +37,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 import awq
+import baselines
 import model as model_file
 from kernels import decode_attention
 from model import VLM, Config, KVCache, Stopwatch, TextConfig, View, VisionConfig, load
 from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
+from tiny.evaluate import Method, measure
 
 HERE = Path(__file__).resolve().parent
 
@@ -715,6 +721,164 @@ def print_speed(result: dict) -> None:
         )
 
 
+def draw_speed(result: dict, file: str) -> None:
+    """Milliseconds by stage, dense above sparse."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(10, 3.2))
+    hatches, left = ("", "//", "..", "\\\\", "xx", "++", "oo", "--"), {"dense": 0.0, "sparse": 0.0}
+    for stage, hatch, shade in zip(STAGES, hatches, range(len(STAGES))):
+        for name in left:
+            width = result[name][stage] / 1000
+            axes.barh(
+                name, width, left=left[name], hatch=hatch, edgecolor="black", height=0.6,
+                color=str(0.95 - 0.08 * shade), label=stage if name == "dense" else None,
+            )  # fmt: skip
+            left[name] += width
+    for name, end in left.items():
+        axes.text(end, name, f" {end:.1f} s", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(left.values()))
+    axes.set_xlabel(f"seconds, {result['preset']}, {result['visual_tokens']:,} visual tokens")
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+
+
+# --- accuracy -------------------------------------------------------------------------------------
+
+# Of 100 visual tokens SparseVILA keeps 25 and attends to 3 while it decodes. Methods that only
+# prune appear with either budget: 25 tokens, and 3 for the same cost of decoding.
+ABLATIONS = {
+    "global scope": Method(SparseVILA, options={"scope": "global"}),
+    "original positions": Method(SparseVILA, options={"positions": "original"}),
+    "mean-attention salience": Method(baselines.MeanSalience),
+    "random salience": Method(baselines.RandomSalience),
+    "random relevance": Method(baselines.RandomRetrieval),
+    "one index set for all layers": Method(baselines.OneIndexSet),
+    "relevance over visual keys only": Method(baselines.VisualSoftmax),
+    "retrieved anew every 8 tokens": Method(baselines.Reselect),
+    "no retrieval": Method(SparseVILA, 0.75, 0),
+    "no retrieval, 3 kept": Method(SparseVILA, 0.975, 0),
+}
+PRUNERS = {
+    "random": baselines.RandomPruning,
+    "uniform": baselines.Uniform,
+    "pool": baselines.Pool,
+    "downsample": baselines.Downsample,
+    "VisionZip": baselines.VisionZip,
+    "PruMerge": baselines.PruMerge,
+    "FastV": baselines.FastV,
+    "SparseVLM": baselines.SparseVLM,
+    "first-turn oracle": baselines.FirstTurnOracle,
+}
+METHODS = {
+    "dense": Method(Dense, 0, 0),
+    "SparseVILA": Method(SparseVILA),
+    "blind": Method(baselines.Blind, 0, 0),
+    **{
+        f"{name}, {keep}": Method(kind, sparsity, 0)
+        for name, kind in PRUNERS.items()
+        for keep, sparsity in ((25, 0.75), (3, 0.975))
+    },
+    **{f"SparseVILA, {name}": method for name, method in ABLATIONS.items()},
+}
+COLUMNS = (
+    "entering", "attended", "color", "digit", "place", "first word", "later words", "first turn",
+    "later turns", "later turns, conversation", "count", "frame",
+)  # fmt: skip
+
+
+def accuracy(names: list[str], questions: int, seeds: int) -> dict:
+    """Every method on the same unseen scenes, in both protocols: for every column the mean over
+    seeds and its standard deviation. A seed has scenes and random choices of its own."""
+    each = questions // seeds
+    jobs = [
+        (name, protocol, seed)
+        for name in names
+        for protocol in ("evaluation", "conversation")
+        for seed in range(seeds)
+    ]
+    methods = []
+    for name, protocol, _ in jobs:
+        options = METHODS[name].options | {"protocol": protocol}
+        methods.append(METHODS[name]._replace(options=options))
+    firsts = [seed * each for _, _, seed in jobs]
+    tiny, counts, pictures = [str(HERE / "tiny")], [each], [(1, 4)]
+    results: dict[str, dict] = {name: defaultdict(list) for name in names}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        measured = pool.map(
+            measure, methods, tiny * len(jobs), counts * len(jobs), pictures * len(jobs), firsts
+        )
+        for done, ((name, protocol, _), values) in enumerate(zip(jobs, measured), 1):
+            if protocol == "conversation":
+                values = {"later turns, conversation": values["later turns"]}
+            for column, value in values.items():
+                results[name][column].append(value)
+            print(f"\r{done} of {len(jobs)} runs", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    summary = {
+        name: {c: [statistics.mean(v), statistics.stdev(v)] for c, v in columns.items()}
+        for name, columns in results.items()
+    }
+    where = {"machine": machine(), "questions_of_each_kind": each * seeds, "seeds": seeds}
+    return where | {"methods": summary}
+
+
+def print_accuracy(result: dict) -> None:
+    print(result["machine"])
+    print(
+        f"{result['questions_of_each_kind']} questions of each kind, {result['seeds']} seeds: means"
+        " (later turns: and standard deviation over seeds)\n"
+    )
+    print("| method | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for name, values in result["methods"].items():
+        cells = []
+        for column in COLUMNS:
+            mean, deviation = values[column]
+            spread = f" ± {deviation:.1f}" if column.startswith("later turns") else ""
+            cells.append(f"{mean:.1f}{spread}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def draw_accuracy(result: dict, file: str) -> None:
+    """Right answers in later turns against visual tokens attended to, all methods."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    markers = iter("osD^v<>PX*hdp8")
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in result["methods"]:
+        if name not in {f"SparseVILA, {ablation}" for ablation in ABLATIONS}:
+            groups[name.rsplit(",", 1)[0]].append(name)
+    for group, names in groups.items():
+        points = [result["methods"][name] for name in names]
+        x = [max(point["attended"][0], 0.7) for point in points]  # blind has no place on a log axis
+        y, error = zip(*(point["later turns"] for point in points))
+        ours = group == "SparseVILA"
+        axes.errorbar(
+            x, y, error, label=group, marker=next(markers), linestyle=":", capsize=3,
+            color="black" if ours else "0.45", markersize=13 if ours else 8,
+            markerfacecolor="black" if ours else "white",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks([1, 3, 10, 25, 50, 100], ["1", "3", "10", "25", "50", "100"])
+    axes.set_xlabel("visual tokens of 100 that a layer attends to for each generated token")
+    axes.set_ylabel("right answers in later turns, %")
+    axes.set_ylim(-3, 105)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+
+
+def pyplot():
+    """matplotlib's, without a screen, fonts large enough for a README."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["font.size"] = 13
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 # --- versus ---------------------------------------------------------------------------------------
 
 
@@ -804,7 +968,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     timing.add_argument(
         "--versus", choices=["transformers"], help="beside Hugging Face's dense decoder"
     )
+    timing.add_argument("--figure", metavar="FILE", help="a picture of the stages")
     timing.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    scoring = commands.add_parser("accuracy", help="all methods on the tiny model's unseen scenes")
+    scoring.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    scoring.add_argument("--questions", type=positive, default=500, help="of each kind, in all")
+    scoring.add_argument("--seeds", type=positive, default=5)
+    scoring.add_argument("--figure", metavar="FILE", help="accuracy against tokens attended")
+    scoring.add_argument("--json", action="store_true", help="one JSON object as the last line")
     loading = commands.add_parser("load", help="memory and time of loading 10^9 weights")
     loading.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     loading.add_argument("--folder", help=argparse.SUPPRESS)  # the process that is measured
@@ -830,9 +1001,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.command == "speed":
         result = speed(arguments)
-        print_speed(result)
-        if arguments.json:
-            print(json.dumps(result))
+        report(result, print_speed, draw_speed, arguments)
+    elif arguments.command == "accuracy":
+        if arguments.seeds < 2 or arguments.questions < arguments.seeds:
+            raise ValueError("--seeds must be at least 2, and --questions at least as many")
+        result = accuracy(arguments.methods, arguments.questions, arguments.seeds)
+        report(result, print_accuracy, draw_accuracy, arguments)
     elif arguments.command == "make":
         make(arguments.preset, arguments.folder)
     elif arguments.command == "versus":
@@ -841,6 +1015,15 @@ def run(arguments: argparse.Namespace) -> None:
         load_and_report(arguments.folder, arguments.dtype)
     else:
         load_large(arguments.dtype)
+
+
+def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Namespace) -> None:
+    """Print a result, draw it if asked, and end with its JSON if asked."""
+    show(result)
+    if arguments.figure:
+        draw(result, arguments.figure)
+    if arguments.json:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -297,9 +297,14 @@ class SparseVILA:
         self._busy = False  # while `ask` runs
 
     # The two insertions of the method. For another one override `prune`, and `cache_type` (a
-    # RetrievalCache with another `score`) or `new_cache` (any other KVCache).
+    # RetrievalCache with another `score`) or `new_cache` (any other KVCache); and `encode` for one
+    # that needs more of the tower, or another salience. baselines.py has a dozen examples.
 
     cache_type = RetrievalCache
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (images, 3, S, S) -> features (images, n, C), salience (images, n)."""
+        return self.model.encode(pixels)
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         """features (images, n, C), salience (images, n) -> kept features and index, as `prune`."""
@@ -335,7 +340,7 @@ class SparseVILA:
         views = self.processor.views(pictures, fps=fps)
         pixels = self.processor.pixels(views)
         watch = Stopwatch(self.model.device)
-        features, salience = self.model.encode(pixels)
+        features, salience = self.encode(pixels)
         watch.lap("vision")
         features, index = self.prune(features, salience)
         watch.lap("prune")

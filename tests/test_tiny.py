@@ -87,7 +87,7 @@ def test_the_tiny_model_answers_unseen_scenes(tiny, session_type, positions):
 
 def test_the_right_tokens_are_what_matters(tiny):
     """At the same budgets, pruning at random loses most answers."""
-    session = evaluate.RandomPruning(*tiny, protocol="evaluation")
+    session = evaluate.RandomSalience(*tiny, protocol="evaluation")
     torch.manual_seed(0)
     assert share_right(session, ["color"]) <= 0.6
 

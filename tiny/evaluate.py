@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,42 +27,33 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import awq  # noqa: E402
+from baselines import InsideCache, RandomRetrieval, RandomSalience  # noqa: E402
 from model import VLM, Processor, load  # noqa: E402
-from sparsevila import Dense, RetrievalCache, SparseVILA  # noqa: E402
+from sparsevila import Answer, Dense, SparseVILA  # noqa: E402
 from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
 
 LOOKUPS = ("color", "digit", "place")
 
 
-class RandomPruning(SparseVILA):
-    """SparseVILA with a salience that means nothing."""
+class Method(NamedTuple):
+    """A session and its settings."""
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return super().prune(features, torch.rand_like(salience))
-
-
-class RandomCache(RetrievalCache):
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.rand(len(self.visual), device=q.device)
+    kind: type[SparseVILA]
+    prefill_sparsity: float = 0.75
+    decode_sparsity: float = 0.9
+    options: dict = {}
 
 
-class RandomRetrieval(SparseVILA):
-    """SparseVILA with a relevance that means nothing."""
-
-    cache_type = RandomCache
-
-
-# name: (session, prefill sparsity, decode sparsity, other settings)
 METHODS = {
-    "dense": (Dense, 0, 0, {}),
-    "SparseVILA": (SparseVILA, 0.75, 0.9, {}),
-    "SparseVILA, original positions": (SparseVILA, 0.75, 0.9, {"positions": "original"}),
-    "random pruning": (RandomPruning, 0.75, 0.9, {}),
-    "random retrieval": (RandomRetrieval, 0.75, 0.9, {}),
-    "pruning only": (SparseVILA, 0.75, 0, {}),
-    "pruning only, same decode cost": (SparseVILA, 0.975, 0, {}),
-    "dense, conversation": (Dense, 0, 0, {"protocol": "conversation"}),
-    "SparseVILA, conversation": (SparseVILA, 0.75, 0.9, {"protocol": "conversation"}),
+    "dense": Method(Dense, 0, 0),
+    "SparseVILA": Method(SparseVILA),
+    "SparseVILA, original positions": Method(SparseVILA, options={"positions": "original"}),
+    "random pruning": Method(RandomSalience),
+    "random retrieval": Method(RandomRetrieval),
+    "pruning only": Method(SparseVILA, 0.75, 0),
+    "pruning only, same decode cost": Method(SparseVILA, 0.975, 0),
+    "dense, conversation": Method(Dense, 0, 0, {"protocol": "conversation"}),
+    "SparseVILA, conversation": Method(SparseVILA, options={"protocol": "conversation"}),
 }
 
 
@@ -75,36 +67,56 @@ def parts(answer: str) -> tuple[str, str]:
 
 
 def measure(
-    name: str, model_path: str, questions: int, pictures: tuple[int, ...] = (1, 4)
+    method: Method,
+    model_path: str,
+    questions: int,
+    pictures: tuple[int, ...] = (1, 4),
+    first: int = 0,
 ) -> dict[str, float]:
     """Percentages of right answers by question kind and part, for one method; as many scenes of
-    each number of pictures."""
+    each number of pictures, from the `first` on. "entering" and "attended" are visual tokens of a
+    picture, means over layers and questions: what a layer reads in prefill, and for every generated
+    token."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    kind_of_session, prefill, decode, options = METHODS[name]
-    session = kind_of_session(
+    torch.manual_seed(first)
+    kind, prefill, decode, options = method
+    session = kind(
         *load(model_path, device="cpu"),
         prefill_sparsity=prefill,
         decode_sparsity=decode,
         **{"protocol": "evaluation"} | options,
     )
-    right: dict[str, list[bool]] = defaultdict(list)
+    right: dict[str, list[float]] = defaultdict(list)
     for number in range(len(pictures) * questions):
         frames = pictures[number // questions]
-        rng = random.Random(f"evaluate {number}")
+        rng = random.Random(f"evaluate {first + number % questions + 10**6 * (frames - 1)}")
         scene = make_scene(rng, frames)
         session.see(to_images(render(scene, rng)))
         kinds = rng.sample(("color", "digit", "place", "count"), 4) if frames == 1 else ["frame"]
         for turn, kind in enumerate(kinds):
             question, expected = question_and_answer(kind, scene, rng)
-            got = session.ask(question, max_new_tokens=32).text
-            first, later = (a == b for a, b in zip(parts(got), parts(expected)))
-            right[kind].append(got == expected)
+            answer = session.ask(question, max_new_tokens=32)
+            words = zip(parts(answer.text), parts(expected))
+            first_word, later_words = (got == wanted for got, wanted in words)
+            right[kind].append(answer.text == expected)
             if kind in LOOKUPS:
-                right["first word"].append(first)
-                right["later words"].append(later)
-                right["first turn" if turn == 0 else "later turns"].append(got == expected)
+                right["first word"].append(first_word)
+                right["later words"].append(later_words)
+                which = "first turn" if turn == 0 else "later turns"
+                right[which].append(answer.text == expected)
+                attended = tokens_of(session, answer)
+                right["attended"].append(attended / 100)
+                inside = isinstance(session.cache, InsideCache)
+                kept = session.stats["visual_tokens"]["kept"]
+                right["entering"].append((attended if inside else kept) / 100)
     return {column: 100 * sum(values) / len(values) for column, values in right.items()}
+
+
+def tokens_of(session: SparseVILA, answer: Answer) -> float:
+    """Visual tokens that a layer attends to, cluster means included; mean over layers."""
+    counts = [len(chosen) for chosen in answer.retrieved]
+    counts += [len(means) for means in getattr(session.cache, "clusters", [])]
+    return sum(counts) / len(answer.retrieved)
 
 
 NEAREST = {"grid": 1, "clip": False}
@@ -220,7 +232,7 @@ def evaluate_quantised(source: Path, questions: int) -> None:
             path = make_variant(name, source, Path(folder) / str(number))
             size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
             divergences = divergence(source, [load(path, device="cpu")[0]])
-            jobs = [(session, str(path), questions, (1,)) for session in sessions]
+            jobs = [(METHODS[session], str(path), questions, (1,)) for session in sessions]
             results = list(pool.map(measure, *zip(*jobs)))
             cells = [f"{result[kind]:.1f}" for result in results for kind in LOOKUPS]
             cells = [name, f"{size:,}", mean_and_error(divergences[:, 0]), *cells]
@@ -254,9 +266,10 @@ def main() -> None:
     print("| method | prefill / decode sparsity | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     with ProcessPoolExecutor(2) as pool:
-        jobs = [(name, arguments.model, arguments.questions) for name in arguments.methods]
+        jobs = [(METHODS[n], arguments.model, arguments.questions) for n in arguments.methods]
         for name, result in zip(arguments.methods, pool.map(measure, *zip(*jobs))):
-            budget = f"{100 * METHODS[name][1]:g} % / {100 * METHODS[name][2]:g} %"
+            _, prefill, decode, _ = METHODS[name]
+            budget = f"{100 * prefill:g} % / {100 * decode:g} %"
             cells = (f"{result[column]:.1f}" for column in COLUMNS)
             print(f"| {name} | {budget} | " + " | ".join(cells) + " |", flush=True)
     spent = (time.monotonic() - began) / 60

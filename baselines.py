@@ -1,0 +1,484 @@
+"""Other methods, as users of SparseVILA's insertion points: a session that overrides `encode`,
+`prune` or the cache is all that any of them is.
+
+    Blind, RandomPruning, Uniform, Pool, Downsample    what every method must beat
+    VisionZip, PruMerge                                tokens merged after the vision tower
+    FastV, SparseVLM                                   tokens dropped inside the decoder
+    FirstTurnOracle                                    the best tokens for the first answer
+    RandomRetrieval, MeanSalience, OneIndexSet,        SparseVILA with one thing changed
+    VisualSoftmax, Reselect
+
+`prefill_sparsity` says how many tokens a method may keep: keep_count(n, sparsity) of n. Where a
+definition cannot give that number exactly, `session.stats` and `Answer.retrieved` have what came
+out. But for SparseVILA and its variants what is dropped is lost for every later question, and
+decoding reads all that is left.
+
+Definitions follow the papers and their public code; each class names its own. Axes as in
+sparsevila.py; T tower tokens, summary token included.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import attention_colsum, gather_tokens
+from model import KVCache, causal_attention, token_salience
+from sparsevila import Answer, Dense, RetrievalCache, SparseVILA, keep_count, select_tokens
+
+
+class Pruned(SparseVILA):
+    """Prunes by `prune`, decodes from all that is left."""
+
+    def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
+        return KVCache(self.model.config.text.layers, capacity)
+
+    def budget(self, salience: Tensor) -> int:
+        """Tokens of a picture to keep, salience (images, n)."""
+        return keep_count(salience.shape[1], self.prefill_sparsity)
+
+
+# --- what every method must beat ------------------------------------------------------------------
+
+
+class Blind(Pruned):
+    """No visual token at all: what the question and the training give away."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        return prune_to(features, salience, 0)
+
+
+class RandomPruning(Pruned):
+    """A random choice; seed it with `torch.manual_seed`."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        return prune_to(features, torch.rand_like(salience), self.budget(salience))
+
+
+class Uniform(Pruned):
+    """Every so many tokens one, in the order of reading."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        keep, n = self.budget(salience), salience.shape[1]
+        chosen = torch.zeros(n, device=salience.device)
+        chosen[[(2 * i + 1) * n // (2 * keep) for i in range(keep)]] = 1
+        return prune_to(features, chosen.expand_as(salience), keep)
+
+
+class Pool(Pruned):
+    """Means of k x k blocks of features, k chosen for about the budget; each stands at the first
+    patch of its block."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        side = math.isqrt(salience.shape[1])  # of a square of tokens
+        k = round(math.sqrt(self.budget(salience)))
+        grid = features.mT.unflatten(2, (side, side))
+        pooled = F.adaptive_avg_pool2d(grid, k).flatten(2).mT
+        first = torch.arange(k, device=salience.device) * side // k
+        index = (first[:, None] * side + first).flatten()
+        return pooled, index.expand(len(features), -1)
+
+
+class Downsample(Pruned):
+    """The picture itself made smaller: fewer patches for the tower, whose table of positions is
+    interpolated. Each patch stands at the first of those it covers."""
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tower, vision = self.model.vision_tower, self.model.config.vision
+        table, summary = tower.position_embedding, tower.summary_tokens
+        n, side = vision.patches, math.isqrt(vision.patches)
+        k = round(math.sqrt(keep_count(n, self.prefill_sparsity)))
+        small = F.interpolate(pixels, k * vision.patch_size, mode="bicubic", antialias=True)
+        grid = table.weight[summary:].T.unflatten(1, (side, side))[None]
+        grid = F.interpolate(grid, k, mode="bicubic", antialias=True)[0].flatten(1).T
+        smaller = torch.nn.Embedding.from_pretrained(torch.cat([table.weight[:summary], grid]))
+        try:
+            tower.position_embedding = smaller
+            with torch.no_grad():
+                return tower(small.to(self.model.device, self.model.dtype))
+        finally:
+            tower.position_embedding = table
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        return prune_to(features, salience, salience.shape[1])
+
+
+def prune_to(features: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The `keep` tokens of highest score in each picture, in order, and their index."""
+    index = select_tokens(scores, keep)
+    return gather_tokens(features, index), index
+
+
+# --- tokens merged after the vision tower ---------------------------------------------------------
+
+
+@contextmanager
+def tower_calls(block: torch.nn.Module) -> Iterator[dict[str, list]]:
+    """While open, notes of every call of a tower's block its queries and keys (images, H, T, D),
+    and its output (images, T, C)."""
+    calls: dict[str, list] = {"queries": [], "keys": [], "outputs": []}
+    attention = block.self_attn
+    query_key = attention.query_key
+
+    def noted(x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = query_key(x)
+        calls["queries"].append(q)
+        calls["keys"].append(k)
+        return q, k
+
+    attention.query_key = noted
+    hook = block.register_forward_hook(lambda _, x, out: calls["outputs"].append(out))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+        del attention.query_key
+
+
+class VisionZip(Pruned):
+    """Dominant tokens, those most attended by the class token in the layer that feeds the
+    projector, and that token itself; then contextual ones, means of similar tokens among the rest.
+
+    The rest's every so many-th is a target; each other token joins the target whose key, the mean
+    over heads, is most similar; a target becomes itself plus the mean of those that joined it.
+    Without a class token, dominant are those that receive most attention from all. Contextual are a
+    sixth of the budget, as in the paper (54 : 10). `average` halves a contextual token, which else
+    is twice as long as the others. Source: VisionZip (arXiv 2412.04467).
+    """
+
+    average = False
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tower = self.model.vision_tower
+        with tower_calls(tower.layers[tower.feature_layer - 1]) as calls:
+            features, _ = super().encode(pixels)
+        q, k, out = (torch.cat(calls[name]) for name in ("queries", "keys", "outputs"))
+        self.keys = k.mean(1)[:, tower.summary_tokens :]  # (images, n, D)
+        self.summary = out[:, : tower.summary_tokens]  # (images, 1 or 0, C)
+        return features, token_salience(q, k, tower.summary_tokens)
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        keep, summary = self.budget(salience), self.summary.shape[1]
+        contextual = max(1, round(keep * 10 / 64)) if keep > 1 + summary else 0
+        index = select_tokens(salience, keep - contextual - summary)  # dominant
+        dominant = gather_tokens(features, index)
+        parts, places = [self.summary, dominant], []
+        for picture, chosen in enumerate(index.tolist()):
+            rest = [i for i in range(salience.shape[1]) if i not in set(chosen)]
+            targets = rest[:: max(1, len(rest) // max(contextual, 1))][:contextual]
+            others = [i for i in rest if i not in set(targets)]
+            # Contextual tokens stand at their targets, the class token at a patch that is free.
+            places.append(sorted(chosen + targets + others[:summary]))
+            parts.append(self.merged(features[picture], self.keys[picture], targets, others))
+        merged = torch.stack(parts[2:])
+        kept = torch.cat([self.summary, dominant, merged.to(features)], 1)
+        return kept, torch.tensor(places, device=index.device)
+
+    def merged(self, x: Tensor, keys: Tensor, targets: list[int], others: list[int]) -> Tensor:
+        """Contextual tokens (targets, C) of one picture's features (n, C)."""
+        similar = F.normalize(keys[others], dim=-1) @ F.normalize(keys[targets], dim=-1).T
+        joins = F.one_hot(similar.argmax(-1), len(targets)).to(x) if targets else similar
+        sums, counts = joins.T @ x[others], joins.sum(0)[:, None].clamp(min=1)
+        return (x[targets] + sums / counts) / (2 if self.average else 1)
+
+
+class PruMerge(Pruned):
+    """The tokens most attended by the class token, each with its neighbours added; and one token
+    for all the others.
+
+    Scores are softmax(q_cls . k / sqrt(C)) with the full-width vectors of the last layer; without a
+    class token, the attention received. A kept token becomes itself plus the sum of score_j x_j
+    over the 32 tokens of most similar key; the last token is the score-weighted sum of all that was
+    not kept. Source: LLaVA-PruMerge (arXiv 2403.15388).
+    """
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tower = self.model.vision_tower
+        with tower_calls(tower.layers[-1]) as calls:
+            features, salience = super().encode(pixels)
+        q, k = (torch.cat(calls[name]).transpose(1, 2).flatten(2) for name in ("queries", "keys"))
+        self.keys = k[:, tower.summary_tokens :]  # (images, n, C)
+        if tower.summary_tokens:
+            scores = (q[:, :1] @ k.mT / math.sqrt(k.shape[2])).softmax(-1)[:, 0]
+            salience = scores[:, tower.summary_tokens :]
+        return features, salience
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        n, keep = salience.shape[1], max(self.budget(salience) - 1, 1)
+        index = select_tokens(salience, keep)
+        weighted = salience[..., None].to(features) * features
+        similar = F.normalize(self.keys, dim=-1)
+        similar = gather_tokens(similar, index) @ similar.mT  # (images, keep, n)
+        similar.scatter_(2, index[..., None], -math.inf)  # not itself
+        near = similar.topk(min(32, n - 1), -1).indices
+        joins = torch.zeros_like(similar).scatter_(2, near, 1).to(features)
+        kept = gather_tokens(features, index) + joins @ weighted
+        others = torch.ones_like(salience).scatter_(1, index, 0)
+        whole = (others[..., None].to(features) * weighted).sum(1, keepdim=True)
+        # The last token stands at the best that was not kept.
+        return torch.cat([kept, whole], 1), select_tokens(salience, keep + 1)
+
+
+# --- tokens dropped inside the decoder ------------------------------------------------------------
+
+
+class InsideCache(KVCache):
+    """Visual rows dropped for good inside the decoder while the first question is read.
+
+    stages: {layer: keep}: when this layer has attended, the `keep` visual rows with the highest
+    attention from the `raters` (rows of the question), a mean over them and the heads, stay for the
+    layers that follow. recycle: of those dropped, the best three tenths are put in clusters of ten,
+    and the clusters' mean keys and values stay as well.
+
+    In the papers pictures and question are read together, so that what stays has not seen what was
+    dropped before it; here the pictures were read before the question, which is kinder.
+    """
+
+    def __init__(self, layers: int, capacity: int, visual: Tensor, stages: dict[int, int],
+                 recycle: bool = False):  # fmt: skip
+        super().__init__(layers, capacity)
+        self.visual, self.stages, self.recycle = visual, stages, recycle
+        self.raters = slice(-1, None)
+        everything = torch.arange(len(visual), device=visual.device)
+        self.retrieved = [everything] * layers  # which of the visual rows a layer sees
+        self.clusters: list[list[Tensor]] = [[] for _ in range(layers)]  # rows of each
+        self.reading = False
+
+    def start_question(self) -> None:
+        self.reading = len(self.stages) > 0 and all(
+            len(r) == len(self.visual) for r in self.retrieved
+        )
+
+    def start_answer(self) -> None:
+        self.reading = False
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.append(layer, k, v)
+        N = self.filled[layer]
+        seen = torch.ones(N, dtype=torch.bool, device=k.device)
+        seen[self.visual] = False
+        seen[self.visual[self.retrieved[layer]]] = True
+        keys, values = (t[layer][:, :, :N] for t in (self.k, self.v))
+        merged = [[t[:, :, c].mean(2, keepdim=True) for c in self.clusters[layer]]
+                  for t in (keys, values)]  # fmt: skip
+        keys = torch.cat([*merged[0], keys[:, :, seen]], 2)
+        values = torch.cat([*merged[1], values[:, :, seen]], 2)
+        if self.reading and layer in self.stages:
+            first = len(merged[0])
+            self.drop(layer, q[:, :, self.raters], keys[:, :, first:], seen.nonzero()[:, 0])
+        return causal_attention(q, keys, values)
+
+    def drop(self, layer: int, q: Tensor, keys: Tensor, rows: Tensor) -> None:
+        """Choose for the layers that follow, by the attention of q to keys, rows of the cache."""
+        received = attention_colsum(q, keys).mean((0, 1))  # (rows,)
+        old = self.retrieved[layer]
+        scores = received[torch.isin(rows, self.visual)]
+        stay = select_tokens(scores, min(self.stages[layer], len(old)))
+        gone = torch.ones(len(old), dtype=torch.bool, device=old.device)
+        gone[stay] = False
+        clusters = list(self.clusters[layer])
+        if self.recycle and (count := int(0.3 * int(gone.sum()))):
+            best = scores.masked_fill(~gone, -math.inf).topk(count).indices
+            again = self.visual[old[best]]
+            x = self.k[layer][0, :, again].transpose(0, 1).flatten(1)
+            groups = density_peaks(x, math.ceil(count / 10))
+            clusters += [again[groups == g] for g in groups.unique()]
+        for later in range(layer + 1, len(self.k)):
+            self.retrieved[later], self.clusters[later] = old[stay], clusters
+
+
+def density_peaks(x: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
+    """Cluster numbers (m,) of points x (m, C): centres are dense and far from anything denser."""
+    distance = torch.cdist(x, x) / math.sqrt(x.shape[1])
+    near = distance.topk(min(neighbours, len(x)), largest=False).values
+    density = (-near.square().mean(-1)).exp()
+    denser = density[None] > density[:, None]
+    apart = distance.masked_fill(~denser, math.inf).amin(-1)
+    apart = torch.where(apart.isinf(), distance.amax(-1), apart)
+    centres = (density * apart).topk(clusters).indices
+    return distance[:, centres].argmin(-1)
+
+
+class FastV(SparseVILA):
+    """Layers up to `after` see everything, the others the tokens that the prompt's last row attends
+    to most in layer `after`. Chosen for the first question, for good. Source: FastV (arXiv
+    2403.06764), K = 2."""
+
+    after = 2
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        return Dense.prune(self, features, salience)
+
+    def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
+        keep = keep_count(len(visual), self.prefill_sparsity)
+        layers = self.model.config.text.layers
+        return InsideCache(layers, capacity, visual, {self.after - 1: keep})
+
+
+class SparseVLM(FastV):
+    """Tokens dropped after layers 2, 6 and 15 of 32, by the attention of raters: the words of the
+    question that are most like the picture. The budget is reached in three equal steps; some of
+    what is dropped comes back as cluster means. Chosen for the first question, for good.
+
+    Raters are the rows t of the question with mean_v softmax_t(v . t) above average, v and t
+    embeddings of visual and text tokens. Source: SparseVLM (arXiv 2410.04417); keys and values are
+    merged here where the paper merges hidden states.
+    """
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        self.visual = self.model.project(features).flatten(0, 1)  # (V, E)
+        return super().prune(features, salience)
+
+    def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
+        layers, V = self.model.config.text.layers, len(visual)
+        keep = keep_count(V, self.prefill_sparsity)
+        stages = {}
+        for step, part in enumerate((2, 6, 15), 1):
+            layer = min(max(math.ceil(layers * part / 32), step), layers - 1) - 1
+            stages[layer] = V - (V - keep) * step // 3
+        return InsideCache(layers, capacity, visual, stages, recycle=True)
+
+    def ask(self, question: str, **options) -> Answer:
+        if isinstance(self.cache, InsideCache) and isinstance(question, str):
+            ids = self.processor.question(question.strip(), first=not self._turns, views=self.views)
+            text = self.model.embed(ids)[0]
+            alike = (self.visual.to(text) @ text.T).softmax(-1).mean(0)  # (question rows,)
+            self.cache.raters = (alike > alike.mean()).nonzero()[:, 0] - len(alike)  # from the end
+        return super().ask(question, **options)
+
+
+# --- the best tokens for the first answer ---------------------------------------------------------
+
+
+class WatchedCache(KVCache):
+    """Adds up the attention that visual rows receive from the rows that choose the answer's
+    words: the last of the question and all of the answer."""
+
+    def __init__(self, layers: int, capacity: int, visual: Tensor):
+        super().__init__(layers, capacity)
+        self.visual, self.watching = visual, False
+        self.received = torch.zeros(len(visual), device=visual.device)
+
+    def start_question(self) -> None:
+        self.watching = True
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = super().attend(layer, q, k, v)
+        if self.watching:
+            keys = self.k[layer][:, :, : self.filled[layer]]
+            self.received += attention_colsum(q[:, :, -1:], keys).sum((0, 1))[self.visual]
+        return out
+
+
+class Watched(Dense):
+    def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
+        return WatchedCache(self.model.config.text.layers, capacity, visual)
+
+
+class FirstTurnOracle(Pruned):
+    """Prunes to the tokens that the dense model attends to most while it gives the first answer,
+    which must be known for that: no choice made before the decoder could know the first question
+    better. Chosen once, for good."""
+
+    def see(self, images, *, fps: float | None = None) -> None:
+        self.seen, self.received = (images, fps), None
+        super().see(images, fps=fps)
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        if self.received is None:  # no question yet
+            return Dense.prune(self, features, salience)
+        return prune_to(features, self.received.view_as(salience), self.budget(salience))
+
+    def ask(self, question: str, **options) -> Answer:
+        if self.received is None:
+            images, fps = self.seen
+            watched = Watched(self.model, self.processor)
+            watched.see(images, fps=fps)
+            watched.ask(question, max_new_tokens=options.get("max_new_tokens", 128))
+            self.received = watched.cache.received
+            super().see(images, fps=fps)
+        return super().ask(question, **options)
+
+
+# --- SparseVILA with one thing changed ------------------------------------------------------------
+
+
+class RandomCache(RetrievalCache):
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.rand(len(self.visual), device=q.device)
+
+
+class RandomRetrieval(SparseVILA):
+    """A relevance that means nothing."""
+
+    cache_type = RandomCache
+
+
+class RandomSalience(SparseVILA):
+    """A salience that means nothing."""
+
+    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+        return super().prune(features, torch.rand_like(salience))
+
+
+class MeanSalience(SparseVILA):
+    """Salience as without a class token: the attention received from all rows of the tower."""
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tower = self.model.vision_tower
+        with tower_calls(tower.layers[-1]) as calls:
+            features, _ = super().encode(pixels)
+        q, k = (torch.cat(calls[name]) for name in ("queries", "keys"))
+        return features, token_salience(q, k, 0)[:, tower.summary_tokens :]
+
+
+class SharedCache(RetrievalCache):
+    def start_answer(self) -> None:
+        self.relevance = [torch.stack(self.relevance).mean(0)] * len(self.relevance)
+        super().start_answer()
+
+
+class OneIndexSet(SparseVILA):
+    """The same visual tokens in all layers, by the mean of their relevances."""
+
+    cache_type = SharedCache
+
+
+class VisualSoftmaxCache(RetrievalCache):
+    def score(self, q: Tensor, k: Tensor) -> Tensor:
+        received = attention_colsum(q, k[:, :, self.visual])[0].sum(0)  # (V,)
+        return received / (q.shape[1] * q.shape[2])
+
+
+class VisualSoftmax(SparseVILA):
+    """Relevance by a softmax over visual keys only."""
+
+    cache_type = VisualSoftmaxCache
+
+
+class ReselectCache(RetrievalCache):
+    every = 8
+
+    def start_answer(self) -> None:
+        super().start_answer()
+        self.queries: list[list[Tensor]] = [[] for _ in self.k]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.packed is not None:
+            if layer == 0 and len(self.queries[0]) == self.every:
+                self.relevance = [
+                    self.score(torch.cat(rows, 2), keys[:, :, : self.length])
+                    for rows, keys in zip(self.queries, self.k)
+                ]
+                self.start_answer()
+            self.queries[layer].append(q)
+        return super().attend(layer, q, k, v)
+
+
+class Reselect(SparseVILA):
+    """Retrieves anew every eight tokens of an answer, by the attention of those eight."""
+
+    cache_type = ReselectCache
