@@ -2,6 +2,7 @@
 
     python bench.py speed                     dense and sparse, stage by stage, end to end
     python bench.py accuracy                  SparseVILA, other methods and variants, tiny model
+    python bench.py needle                    one glyph in clips of growing length, tiny model
     python bench.py load                      memory and time of loading 10^9 weights
     python bench.py make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
     python bench.py versus FOLDER             our dense decoding beside Hugging Face transformers'
@@ -12,6 +13,7 @@ FOLDER`.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -42,7 +44,7 @@ import model as model_file
 from kernels import decode_attention
 from model import VLM, Config, KVCache, Stopwatch, TextConfig, View, VisionConfig, load
 from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
-from tiny.evaluate import Method, measure
+from tiny.evaluate import Method, find_needle, measure
 
 HERE = Path(__file__).resolve().parent
 
@@ -868,6 +870,80 @@ def draw_accuracy(result: dict, file: str) -> None:
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
+# --- needle ---------------------------------------------------------------------------------------
+
+LENGTHS = (2, 4, 6, 8, 12, 16)  # frames of 100 visual tokens
+TRAINED = 4  # the longest clips that the tiny model was trained on
+DEPTHS = (0, 25, 50, 75, 100)  # per cent of the clip before the needle's frame
+NEEDLE_METHODS = ("dense", "SparseVILA", "VisionZip, 3", "PruMerge, 3")
+
+
+def needle(names: list[str], clips: int) -> dict:
+    """Share of right answers about one glyph, by length of the clip and depth of its frame."""
+    cells = [(name, frames, depth) for name in names for frames in LENGTHS for depth in DEPTHS]
+    arguments = [
+        (METHODS[name], str(HERE / "tiny"), frames, round(depth / 100 * (frames - 1)), clips)
+        for name, frames, depth in cells
+    ]
+    right: dict[str, dict] = {name: defaultdict(list) for name in names}
+    attended: dict[str, dict] = {name: defaultdict(list) for name in names}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(find_needle, *zip(*arguments))
+        for done, ((name, frames, _), values) in enumerate(zip(cells, found), 1):
+            right[name][frames].append(values["right"])
+            attended[name][frames].append(values["attended"])
+            print(f"\r{done} of {len(cells)} cells", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return {
+        "machine": machine(), "clips": clips, "lengths": LENGTHS, "depths": DEPTHS,
+        "trained": TRAINED, "right": right,
+        "attended": {n: {f: statistics.mean(v) for f, v in a.items()} for n, a in attended.items()},
+    }  # fmt: skip
+
+
+def print_needle(result: dict) -> None:
+    print(result["machine"])
+    print(
+        f"{result['clips']} clips a cell; means over depths {result['depths']} %, in brackets the"
+    )
+    print("worst depth; clips longer than 4 frames are longer than any in training\n")
+    heads = [f"{n} frames{' *' if n > result['trained'] else ''}" for n in result["lengths"]]
+    print("| method | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
+    for name, lengths in result["right"].items():
+        cells = [f"{statistics.mean(v):.0f} ({min(v):.0f})" for v in lengths.values()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+        cells = [f"{tokens:.0f}" for tokens in result["attended"][name].values()]
+        print("| — tokens attended | " + " | ".join(cells) + " |")
+
+
+def draw_needle(result: dict, file: str) -> None:
+    """A heat map for each method: length to the right, depth downwards."""
+    plt = pyplot()
+    names = list(result["right"])
+    figure, grid = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), sharey=True)
+    lengths, depths = result["lengths"], result["depths"]
+    for axes, name in zip([grid] if len(names) == 1 else grid, names):
+        values = torch.tensor([result["right"][name][frames] for frames in lengths]).T
+        image = axes.imshow(values, vmin=0, vmax=100, cmap="Greys_r", aspect="auto")
+        for (row, column), value in zip(
+            itertools.product(*map(range, values.shape)), values.ravel()
+        ):
+            shade = "black" if value > 55 else "white"
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", color=shade, fontsize=10
+            )
+        axes.axvline(
+            lengths.index(result["trained"]) + 0.5, color="0.5", linewidth=3, linestyle=":"
+        )
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+        axes.set_xlabel("frames")
+        axes.set_title(name, fontsize=14)
+    figure.axes[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=figure.axes, label="right answers, %", pad=0.02)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+
+
 def pyplot():
     """matplotlib's, without a screen, fonts large enough for a README."""
     import matplotlib
@@ -976,6 +1052,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     scoring.add_argument("--seeds", type=positive, default=5)
     scoring.add_argument("--figure", metavar="FILE", help="accuracy against tokens attended")
     scoring.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    finding = commands.add_parser("needle", help="a glyph in one frame of clips of growing length")
+    finding.add_argument("--methods", nargs="+", choices=METHODS, default=list(NEEDLE_METHODS))
+    finding.add_argument("--clips", type=positive, default=60, help="for each length and depth")
+    finding.add_argument("--figure", metavar="FILE", help="heat maps")
+    finding.add_argument("--json", action="store_true", help="one JSON object as the last line")
     loading = commands.add_parser("load", help="memory and time of loading 10^9 weights")
     loading.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     loading.add_argument("--folder", help=argparse.SUPPRESS)  # the process that is measured
@@ -999,6 +1080,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "figure", None):
+        check_figure(Path(arguments.figure))
     if arguments.command == "speed":
         result = speed(arguments)
         report(result, print_speed, draw_speed, arguments)
@@ -1007,6 +1090,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("--seeds must be at least 2, and --questions at least as many")
         result = accuracy(arguments.methods, arguments.questions, arguments.seeds)
         report(result, print_accuracy, draw_accuracy, arguments)
+    elif arguments.command == "needle":
+        result = needle(arguments.methods, arguments.clips)
+        report(result, print_needle, draw_needle, arguments)
     elif arguments.command == "make":
         make(arguments.preset, arguments.folder)
     elif arguments.command == "versus":
@@ -1015,6 +1101,15 @@ def run(arguments: argparse.Namespace) -> None:
         load_and_report(arguments.folder, arguments.dtype)
     else:
         load_large(arguments.dtype)
+
+
+def check_figure(file: Path) -> None:
+    """Raise ValueError, before anything is measured, for a file that cannot be drawn."""
+    if not file.parent.is_dir():
+        raise ValueError(f"no folder to write {file} to")
+    formats = pyplot().figure().canvas.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"--figure must end in one of {', '.join(formats)}, got {file}")
 
 
 def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Namespace) -> None:

@@ -3,14 +3,18 @@ asserted."""
 
 import json
 import math
+import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import bench
 from model import Config, TextConfig, VisionConfig
 from sparsevila import Dense, SparseVILA
+from tiny.scenes import make_needle, question_and_answer
 
 SMALL = Config(
     VisionConfig(64, 128, 2, 4, image_size=32, patch_size=4, class_token=False),
@@ -24,7 +28,7 @@ def small_model():
     return bench.random_model(SMALL, torch.device("cpu"), torch.float32)
 
 
-def test_speed_prints_one_json_object_last(monkeypatch, capsys):
+def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(bench.PRESETS, "laptop", bench.Preset(SMALL, 3))
     bench.main(["speed", "--runs", "2", "--answer-tokens", "5", "--json"])
     printed = capsys.readouterr().out.splitlines()
@@ -41,6 +45,8 @@ def test_speed_prints_one_json_object_last(monkeypatch, capsys):
     for ratio in ("prefill_speedup", "decode_speedup", "end_to_end_speedup"):
         assert result[ratio] > 0
     assert any(line.startswith("prefill ") for line in printed)
+    bench.draw_speed(result, str(tmp_path / "speed.png"))
+    assert Image.open(tmp_path / "speed.png").width > 600
 
 
 def test_figures_follow_from_the_medians():
@@ -120,4 +126,93 @@ def test_presets_are_the_sizes_they_name():
 def test_wrong_arguments_are_one_line(option, value, words, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(["speed", option, value])
+    assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- accuracy and needle --------------------------------------------------------------------------
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_accuracy_of_two_methods(capsys, tmp_path):
+    file = tmp_path / "accuracy.png"
+    bench.main(
+        ["accuracy", "--methods", "dense", "blind", "uniform, 25", "--questions", "8", "--seeds"]
+        + ["2", "--json", "--figure", str(file)]
+    )  # fmt: skip
+    result = last_json(capsys)
+    methods = result["methods"]
+    assert result["questions_of_each_kind"] == 8
+    assert all(values.keys() == set(bench.COLUMNS) for values in methods.values())
+    assert [methods[name]["entering"][0] for name in methods] == [100, 0, 25]
+    assert methods["dense"]["later turns"][0] > 90 > 50 > methods["blind"]["later turns"][0]
+    assert Image.open(file).width > 600
+
+
+def test_every_column_is_the_mean_over_seeds(monkeypatch):
+    """Worked by hand, with runs that are made up."""
+
+    class Pool:
+        def __init__(self, workers):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, function, methods, paths, counts, pictures, firsts):
+            assert function is bench.measure and set(counts) == {50}
+            for method, first in zip(methods, firsts):
+                offset = 10 * (method.options["protocol"] == "conversation")
+                yield {"color": 80 + first / 50, "later turns": 60 + first / 50 + offset}
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
+    values = bench.accuracy(["dense"], 150, 3)["methods"]["dense"]
+    assert values["color"] == [81, 1] and values["later turns"] == [61, 1]
+    assert values["later turns, conversation"] == [71, 1]
+
+
+def test_needle(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "LENGTHS", (2, 4, 6))
+    monkeypatch.setattr(bench, "DEPTHS", (0, 100))
+    file = tmp_path / "needle.png"
+    options = ["--methods", "SparseVILA", "blind", "--clips", "4", "--json"]
+    bench.main(["needle", *options, "--figure", str(file)])
+    result = last_json(capsys)
+    assert result["attended"]["SparseVILA"] == {"2": 5, "4": 10, "6": 15}
+    assert min(result["right"]["SparseVILA"]["4"]) > 50 > max(result["right"]["blind"]["4"])
+    assert Image.open(file).width > 400
+
+
+@given(st.integers(0, 10**6), st.integers(1, 20), st.data())
+def test_a_needle_is_alone_in_its_frame(seed, frames, data):
+    depth = data.draw(st.integers(0, frames - 1))
+    scene, needle = make_needle(random.Random(seed), frames, depth)
+    assert len(scene.glyphs) == 4 and needle in scene.glyphs and needle.frame == depth
+    assert len({g.digit for g in scene.glyphs}) == len({g.color for g in scene.glyphs}) == 4
+    assert len({(g.frame, g.row, g.column) for g in scene.glyphs}) == 4
+    alone = [g for g in scene.glyphs if g.frame == depth] == [needle]
+    assert alone or frames == 1
+    question, answer = question_and_answer("place", scene, random.Random(0), needle)
+    assert question == f"where is the {needle.digit}?" and answer.startswith(needle.cell)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["accuracy", "--methods", "magic"], "invalid choice: 'magic'"),
+        (["accuracy", "--seeds", "1"], "--seeds must be at least 2"),
+        (["accuracy", "--questions", "3"], "--questions at least as many"),
+        (["needle", "--clips", "0"], "positive integer, got '0'"),
+        (["needle", "--figure", "no/such/folder.png"], "no folder"),
+        (["speed", "--figure", "stages.abc"], "abc"),
+    ],
+)
+def test_wrong_arguments_of_the_tables_are_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(arguments)
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]

@@ -30,7 +30,7 @@ import awq  # noqa: E402
 from baselines import InsideCache, RandomRetrieval, RandomSalience  # noqa: E402
 from model import VLM, Processor, load  # noqa: E402
 from sparsevila import Answer, Dense, SparseVILA  # noqa: E402
-from tiny.scenes import make_scene, question_and_answer, render, to_images  # noqa: E402
+from tiny.scenes import make_needle, make_scene, question_and_answer, render, to_images  # noqa: E402
 
 LOOKUPS = ("color", "digit", "place")
 
@@ -110,6 +110,28 @@ def measure(
                 kept = session.stats["visual_tokens"]["kept"]
                 right["entering"].append((attended if inside else kept) / 100)
     return {column: 100 * sum(values) / len(values) for column, values in right.items()}
+
+
+def find_needle(
+    method: Method, model_path: str, frames: int, depth: int, clips: int
+) -> dict[str, float]:
+    """Percentage of look-ups answered right about a glyph in frame `depth` of clips of so many
+    frames, and visual tokens of a clip that a layer attends to."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kind, prefill, decode, options = method
+    settings = {"prefill_sparsity": prefill, "decode_sparsity": decode} | options
+    session = kind(*load(model_path, device="cpu"), **settings)
+    right, attended = [], []
+    for number in range(clips):
+        rng = random.Random(f"needle {frames} {depth} {number}")
+        scene, needle = make_needle(rng, frames, depth)
+        session.see(to_images(render(scene, rng)))
+        question, expected = question_and_answer(LOOKUPS[number % 3], scene, rng, needle)
+        answer = session.ask(question, max_new_tokens=16)
+        right.append(answer.text == expected)
+        attended.append(tokens_of(session, answer))
+    return {"right": 100 * sum(right) / clips, "attended": sum(attended) / clips}
 
 
 def tokens_of(session: SparseVILA, answer: Answer) -> float:

@@ -86,6 +86,21 @@ def make_scene(rng: random.Random, frames: int = 1) -> Scene:
     return Scene(frames, tuple(glyphs))
 
 
+def make_needle(rng: random.Random, frames: int, depth: int) -> tuple[Scene, Glyph]:
+    """A clip with one glyph in frame `depth`, which is returned as well, and three others anywhere
+    else."""
+    digits, colors = rng.sample(range(10), 4), rng.sample(list(COLORS), 4)
+    elsewhere = [frame for frame in range(frames) if frame != depth] or [0]
+    places = rng.sample([(frame, cell) for frame in elsewhere for cell in range(BOARD**2)], 3)
+    places.append((depth, rng.choice([c for c in range(BOARD**2) if (depth, c) not in places])))
+    glyphs = [
+        Glyph(digit, color, cell // BOARD, cell % BOARD, frame)
+        for digit, color, (frame, cell) in zip(digits, colors, places)
+    ]
+    order = sorted(glyphs, key=lambda glyph: (glyph.frame, glyph.row, glyph.column))
+    return Scene(frames, tuple(order)), glyphs[-1]
+
+
 def render(scene: Scene, rng: random.Random) -> Tensor:
     """The frames of a scene, (frames, 3, 160, 160) uint8: noise in two scales, then the glyphs,
     each somewhere inside its cell and a little off its colour."""
@@ -116,9 +131,12 @@ def to_images(frames: Tensor) -> list[Image.Image]:
     ]
 
 
-def question_and_answer(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question of a kind about a scene, and its answer."""
-    glyph = rng.choice(scene.glyphs)
+def question_and_answer(
+    kind: str, scene: Scene, rng: random.Random, glyph: Glyph | None = None
+) -> tuple[str, str]:
+    """A question of a kind about a scene, and its answer; about one of its glyphs, by chance if
+    none is named."""
+    glyph = glyph or rng.choice(scene.glyphs)
     if kind == "color":
         return f"what color is the {glyph.digit}?", f"{glyph.color}, {glyph.cell}."
     if kind == "digit":
