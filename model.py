@@ -199,8 +199,10 @@ class Config:
 
     @property
     def by_columns(self) -> bool:
-        """VILA's first projector leaves the merged tokens column by column; the "_fix" ones do
-        not."""
+        """VILA's first projector leaves the merged tokens column by column, as its code did when
+        its checkpoints came out (commit 253d0a9). Later code (33b4f1a) orders them row by row, like
+        the "_fix" ones: to have that, write "mlp_downsample_2x2_fix" into the checkpoint's
+        configuration."""
         return self.projector == "mlp_downsample"
 
     @classmethod
@@ -222,6 +224,10 @@ class Config:
                 f"{folder}: mm_projector_type must be one of {', '.join(PROJECTORS)}, "
                 f"got {projector!r}"
             )
+        merge = _size(raw, "scale_factor", 2, most=64) if smolvlm else PROJECTORS[projector]
+        if smolvlm and math.isqrt(vision.patches) % merge:
+            side = math.isqrt(vision.patches)
+            raise ValueError(f"scale_factor must divide the {side} patches of a side, got {merge}")
         return cls(
             vision=vision,
             text=text,
@@ -229,7 +235,7 @@ class Config:
             projector=projector,
             projector_activation=_activation(raw, "projector_hidden_act", "gelu"),
             projector_bias=_flag(raw, "multimodal_projector_bias", not smolvlm),
-            merge=_size(raw, "scale_factor", 2, most=64) if smolvlm else PROJECTORS[projector],
+            merge=merge,
             stop_ids=_stop_ids(folder, raw),
             dtype=_dtype(folder, raw),
             group_size=_group_size(folder, raw),
@@ -275,9 +281,10 @@ def _dtype(folder: Path, raw: dict) -> torch.dtype:
 
 
 def _group_size(folder: Path, raw: dict) -> int | None:
-    """The group size of a quantised checkpoint, whose settings stand in either of two files."""
+    """The group size of a quantised checkpoint, whose settings stand in one of three places."""
     older = folder / "quant_config.json"
-    settings = raw.get("quantization_config") or (_read_json(older) if older.exists() else None)
+    settings = raw.get("quantization_config") or raw["text_config"].get("quantization_config")
+    settings = settings or (_read_json(older) if older.exists() else None)
     if settings is None:
         return None
     if not isinstance(settings, dict):
@@ -390,8 +397,8 @@ def _stop_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     places += [raw, raw["text_config"], {"eos_token_id": 2}]
     ids = next(p["eos_token_id"] for p in places if p.get("eos_token_id") is not None)
     ids = ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"eos_token_id must be an integer or a list of integers, got {ids!r}")
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id must be an id or a list of ids, got {ids!r}")
     return tuple(ids)
 
 
@@ -1169,7 +1176,8 @@ def weight_files(folder: Path) -> dict[Path, str]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names, or all there are."""
+    """The safetensors files that the folder's index names, or model.safetensors, or all there
+    are."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
@@ -1180,6 +1188,8 @@ def _weight_files(folder: Path) -> list[Path]:
             if re.search(r"[/\\]|^\.\.?$", name):
                 raise ValueError(f"{index} names {name!r}, accepted: files in the same folder")
         files = [folder / name for name in names]
+    elif (folder / "model.safetensors").exists():  # whatever else is there, adapters say
+        files = [folder / "model.safetensors"]
     else:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:
@@ -1406,6 +1416,7 @@ class Processor:
     default_resample, default_mean, default_std = 3, CLIP_MEAN, CLIP_STD  # 3: bicubic
     steps: tuple[str, ...] = ("do_center_crop",)  # settings that must not be off
     size_key = "crop_size"  # the setting that holds the edge of a view
+    marks: list[str] = []  # special tokens that pictures need
 
     def __init__(
         self,
@@ -1421,12 +1432,25 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        image = tokenizer.id_to_token(image_token_id)
+        if image is not None and image not in added:
+            raise ValueError(
+                f"the image token must be a special one, got {image_token_id}: {image!r}"
+            )
         longest_first = sorted(filter(None, added), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
-        self._plain = Tokenizer.from_str(json.dumps(plain))
+        plain = json.dumps(plain)
+        self._plain_at_start = Tokenizer.from_str(plain)  # some mark the start of a text by a space
+        plain = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
+        self._plain = Tokenizer.from_str(plain)
         self._begin = tokenizer.encode("").ids  # the begin-of-text token, where the family has one
         self.set_template(self.template if template is None else template)
+        for token in self.marks + re.findall(r"<[^<>\s]+>", "" if template else self.template):
+            if token not in added:
+                raise ValueError(
+                    f"the tokenizer has no special token {token!r}, which the family's prompt needs"
+                )
         self.frame = self.frame if frame is None else frame
         if not isinstance(self.frame, str) or self.frame.count("{image}") != 1:
             raise ValueError(f"the text of a frame must hold one {{image}}, got {frame!r}")
@@ -1448,7 +1472,9 @@ class Processor:
         """The family's own settings, and `image_size`, the edge of a view."""
         self.image_size = _edge(settings, self.size_key, {"height", "width"})
         self.resize_edge = _edge(settings, "size", {"shortest_edge"})
-        self.pad = _flag(settings, "do_pad", False)
+        # LLaVA's own class pads; the older files name CLIP's, which knows no such setting.
+        clip = str(settings.get("image_processor_type")).startswith("CLIP")
+        self.pad = _flag(settings, "do_pad", False) and not clip
 
     def set_template(self, template: str) -> None:
         """Raises: ValueError for a template that is not a conversation of two turns."""
@@ -1460,6 +1486,9 @@ class Processor:
                 "a prompt template must hold {image}, {question}, {answer} and {question}, in this "
                 f"order, each once, got {template!r}"
             )
+        image = self.tokenizer.id_to_token(self.image_token_id)
+        if image and image in template:
+            raise ValueError(f"a prompt template must not hold {image!r}, got {template!r}")
         self._start, self._lead, self._reply, self._close, self._last = found.groups()
 
     @classmethod
@@ -1543,7 +1572,7 @@ class Processor:
         as each view has visual tokens. views: separate whole pictures if None."""
         views = _whole(len(visual_tokens)) if views is None else views
         before, *after = (self._start + self._text(views)).split("{image}")
-        ids = self._begin + self._encode(before)
+        ids = self._begin + self._encode(before, start=True)
         for count, text in zip(visual_tokens, [*after[:-1], ""], strict=True):
             ids += [self.image_token_id] * count + list(self.end_of_view) + self._encode(text)
         return ids
@@ -1560,17 +1589,18 @@ class Processor:
         """The text of token ids, without special tokens and leading white space."""
         return self.tokenizer.decode(ids).lstrip()
 
-    def _encode(self, template: str, question: str = "") -> list[int]:
+    def _encode(self, template: str, question: str = "", *, start: bool = False) -> list[int]:
         """Ids of a template: its own special tokens are commands, everything in the question is
-        text."""
+        text. start: nothing comes before it."""
         ids: list[int] = []
         position = 0
         for match in [*self._special.finditer(template), None]:
             text = template[position : match.start() if match else None]
             if text:
                 text = text.replace("{question}", question)
+                plain = self._plain_at_start if start and position == 0 else self._plain
                 try:
-                    ids += self._plain.encode(text, add_special_tokens=False).ids
+                    ids += plain.encode(text, add_special_tokens=False).ids
                 except Exception as error:  # tokenizers raises TypeError and bare Exception
                     raise ValueError(f"text that cannot be tokenized: {text!r} ({error})") from None
             if match:
@@ -1634,6 +1664,7 @@ class SmolVLMProcessor(Processor):
     default_resample = 1  # Lanczos
     default_mean = default_std = [0.5, 0.5, 0.5]
     steps, size_key = (), "max_image_size"
+    marks = ["<fake_token_around_image>"]
 
     def read_settings(self, settings: dict) -> None:
         self.image_size = _edge(settings, self.size_key, {"longest_edge"})
@@ -1770,8 +1801,8 @@ class VILAProcessor(Processor):
 
     def __init__(self, tokenizer: Tokenizer, *arguments, template: str | None = None, **texts):
         for token, other in self.by_token.items():
-            if template is None and tokenizer.token_to_id(token) is not None:
-                template = other
+            if tokenizer.token_to_id(token) is not None:
+                self.template = other
         super().__init__(tokenizer, *arguments, template=template, **texts)
         self.end_of_view = tuple(self._encode("\n"))
 
@@ -1870,13 +1901,26 @@ def _qwen2_tokenizer(vocab: str) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    added = folder / "added_tokens.json"
-    if added.exists():
-        for token, number in sorted(_read_json(added).items(), key=lambda item: item[1]):
-            tokenizer.add_special_tokens([token])
-            if tokenizer.token_to_id(token) != number:
-                raise ValueError(f"{added.name} leaves a gap before {token!r}, {number}")
+    for token, number in sorted(_added_tokens(folder).items(), key=lambda item: item[1]):
+        tokenizer.add_special_tokens([token])
+        if tokenizer.token_to_id(token) != number:
+            raise ValueError(f"the added tokens leave a gap before {token!r}, {number}")
     return tokenizer
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Special tokens and their ids, from added_tokens.json or else tokenizer_config.json."""
+    added, settings = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    if added.exists():
+        tokens = _read_json(added)
+    elif settings.exists():
+        listed = _read_json(settings).get("added_tokens_decoder", {})
+        tokens = {entry["content"]: int(number) for number, entry in listed.items()}
+    else:
+        tokens = {}
+    if not all(type(number) is int for number in tokens.values()):
+        raise ValueError(f"the ids of added tokens must be integers, got {tokens}")
+    return tokens
 
 
 def _image_settings(folder: Path) -> dict:
@@ -1925,5 +1969,5 @@ def load(
     """`VLM.from_pretrained` and `Processor.from_pretrained` of one checkpoint, fetched once."""
     device = _pick_device(device)
     folder = fetch(path_or_repo, revision)
-    model = VLM.from_pretrained(folder, device=device, dtype=dtype)
-    return model, Processor.from_pretrained(folder, template=template)
+    processor = Processor.from_pretrained(folder, template=template)  # the cheaper one to fail
+    return VLM.from_pretrained(folder, device=device, dtype=dtype), processor

@@ -334,8 +334,8 @@ class SparseVILA:
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("images must hold at least one picture, got none")
-        if fps is not None and (not isinstance(fps, (int, float)) or not 0 < fps < 2**31):
-            raise ValueError(f"fps must be a positive number or None, got {fps!r}")
+        if fps is not None and (not isinstance(fps, (int, float)) or not 1e-6 <= fps < 2**31):
+            raise ValueError(f"fps must be a number from 1e-6 to 2e9 or None, got {fps!r}")
         pictures = [open_picture(image) for image in images]
         views = self.processor.views(pictures, fps=fps)
         pixels = self.processor.pixels(views)
@@ -840,8 +840,8 @@ def checked_settings(arguments: argparse.Namespace, questions: list[str]) -> tup
         encode_picture(Image.new("RGB", (1, 1)), arguments.overlay)
         if not Path(arguments.overlay).parent.is_dir():
             raise ValueError(f"no folder to write {arguments.overlay} to")
-    if arguments.fps is not None and not (arguments.video and 0 < arguments.fps < 2**31):
-        raise ValueError(f"--fps must be a positive number, with --video, got {arguments.fps}")
+    if arguments.fps is not None and not (arguments.video and 1e-6 <= arguments.fps < 2**31):
+        raise ValueError(f"--fps must be from 1e-6 to 2e9, with --video, got {arguments.fps}")
     for question in questions:
         check_question(question)
     settings = {

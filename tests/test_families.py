@@ -204,6 +204,16 @@ LLM = "llm/model.safetensors"
 TABLE = "model.embed_tokens.weight"
 
 
+def without_token(token: str):
+    """Gives a special token of tokenizer.json another name."""
+
+    def damage(folder):
+        file = folder / "tokenizer.json"
+        file.write_text(file.read_text().replace(json.dumps(token), '"<other>"'))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "name, damage, message",
     [
@@ -223,7 +233,15 @@ TABLE = "model.embed_tokens.weight"
         ("nvila", lambda f: shutil.rmtree(f / "mm_projector"), "no config.json in .*mm_projector"),
         ("nvila", lambda f: (f / "llm/merges.txt").unlink(), "no tokenizer.json in"),
         ("nvila", lambda f: (f / "llm/merges.txt").write_text("a b c d\n" * 3), "vocab.json is da"),
-        ("nvila", change("llm/added_tokens.json", odd=900), "leaves a gap before 'odd', 900"),
+        ("nvila", change("llm/added_tokens.json", odd=900), "leave a gap before 'odd', 900"),
+        ("nvila", lambda f: (f / "llm/added_tokens.json").unlink(), "no special token '</s>'"),
+        ("smolvlm", without_token("<|im_start|>"), r"no special token '<\|im_start\|>'"),
+        ("smolvlm", without_token("<fake_token_around_image>"), "no special token '<fake_token_"),
+        ("llava", without_token("</s>"), "no special token '</s>'"),
+        ("llava", change("config.json", image_token_index=40), "image token must be a special one"),
+        ("llava", change("generation_config.json", eos_token_id=[]), r"list of ids, got \[\]"),
+        ("llava", change("generation_config.json", eos_token_id=-5), "list of ids, got"),
+        ("smolvlm", change("config.json", scale_factor=3), "must divide the 4 patches of a side"),
         ("nvila", tensors(LLM, lambda t: t.pop(TABLE)), "lacks 1 tensors, the first: decoder.emb"),
         ("nvila", tensors(LLM, lambda t: t.update(x=torch.ones(1))), "x has no place in this"),
         ("nvila", change("llm/config.json", vocab_size=9999), r"must have shape \(9999, 32\), got"),
@@ -244,6 +262,63 @@ def test_odd_folders_are_refused_in_one_line(name, damage, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_added_tokens_may_stand_in_the_tokenizers_settings(tmp_path):
+    folder = copied("nvila", tmp_path)
+    expected = Processor.from_pretrained(folder).question("what?", first=True)
+    added = folder / "llm" / "added_tokens.json"
+    decoder = {str(i): {"content": token} for token, i in json.loads(added.read_text()).items()}
+    settings = folder / "llm" / "tokenizer_config.json"
+    settings.write_text(json.dumps({"added_tokens_decoder": decoder}))
+    added.unlink()
+    assert Processor.from_pretrained(folder).question("what?", first=True) == expected
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_conversation_is_encoded_as_if_in_one_piece(scheme, tmp_path):
+    """Some tokenizers mark the start of a text: "first" not after a special token."""
+    folder = copied("llava", tmp_path)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+    content |= {"normalizer": None, "pre_tokenizer": metaspace | {"split": False}}
+    file.write_text(json.dumps(content))
+    processor = Processor.from_pretrained(folder)
+    whole = "USER: <image>\nwhat? ASSISTANT:</s>USER: where? ASSISTANT:"
+    ids = processor.context([1]) + processor.question("what?", first=True)
+    ids += processor.question("where?", first=False)
+    assert ids == processor.tokenizer.encode(whole).ids
+
+
+def test_a_template_must_not_hold_the_image_token():
+    template = "{image}{question}{answer}<image>{question}"
+    with pytest.raises(ValueError, match="must not hold '<image>'"):
+        Processor.from_pretrained(GOLDEN / "llava", template=template)
+
+
+def test_model_safetensors_stands_alone(tmp_path):
+    """Beside it may lie adapters, or the same weights once more in another form."""
+    folder = copied("llava", tmp_path)
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    load(folder, device="cpu")
+
+
+def test_settings_of_quantisation_in_the_decoders_folder(tmp_path):
+    folder = copied("nvila", tmp_path)
+    settings = {"quant_method": "gptq", "bits": 4}
+    edit(folder / "llm" / "config.json", quantization_config=settings)
+    with pytest.raises(ValueError, match="gptq"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "kind, pads", [("LlavaImageProcessor", True), ("CLIPImageProcessor", False)]
+)
+def test_only_llavas_own_processor_pads(kind, pads, tmp_path):
+    folder = copied("llava", tmp_path)
+    edit(folder / "preprocessor_config.json", do_pad=True, image_processor_type=kind)
+    assert Processor.from_pretrained(folder).pad is pads
 
 
 def test_a_folder_with_a_sentencepiece_model_only_says_so(tmp_path):

@@ -256,7 +256,7 @@ def test_a_whole_prompt_is_tokenised_as_the_family_does():
 def test_odd_picture_settings_are_refused(changes, message):
     tokenizer = llama_tokenizer()
     with pytest.raises(ValueError, match=message):
-        Processor(tokenizer, 9, IMAGE_CONFIG | changes)
+        Processor(tokenizer, tokenizer.token_to_id("<image>"), IMAGE_CONFIG | changes)
 
 
 def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):

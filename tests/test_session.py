@@ -320,8 +320,8 @@ def test_chat_streams_answers_and_survives_bad_questions():
         (["--device", "meta"], "device 'meta' cannot be used"),
         (["--device", ""], "device '' cannot be used"),
         (["--video", ""], "a path must not be empty"),
-        (["--fps", "3"], "--fps must be a positive number, with --video, got 3.0"),
-        (["--video", SAMPLES / "clip.png", "--fps", "nan"], "--fps must be a positive number"),
+        (["--fps", "3"], "--fps must be from 1e-6 to 2e9, with --video, got 3.0"),
+        (["--video", SAMPLES / "clip.png", "--fps", "nan"], "--fps must be from 1e-6"),
         (["--prompt-template", "{question}"], "a prompt template must hold {image}, {question}, {"),
         # Each of these is noticed before the model is loaded:
         (["--ask", "what?", "--ask", " ", "--model", "nowhere"], "question must be a text"),
