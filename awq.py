@@ -777,7 +777,7 @@ def _quantize_block(
                 limit = search_clip(linear.weight, x, group_size=group_size)[..., None]
                 groups = linear.weight.data.unflatten(1, (limit.shape[1], -1))
                 linear.weight.data = groups.clamp(-limit, limit).flatten(1)
-    _replace_linears(block, lambda linear: W4A16Linear.from_linear(linear, group_size))
+    replace_linears(block, lambda linear: W4A16Linear.from_linear(linear, group_size))
 
 
 def folds_of(block: nn.Module) -> list[tuple[nn.Module, list[nn.Linear], nn.Module, tuple]]:
@@ -795,7 +795,7 @@ def folds_of(block: nn.Module) -> list[tuple[nn.Module, list[nn.Linear], nn.Modu
     ]
 
 
-def _replace_linears(block: nn.Module, quantised: Callable[[nn.Linear], nn.Module]) -> None:
+def replace_linears(block: nn.Module, quantised: Callable[[nn.Linear], nn.Module]) -> None:
     """Put what `quantised` makes of a Linear in its place, for all of a block's."""
     for parent in (block.self_attn, block.mlp):
         for name, linear in list(parent.named_children()):
@@ -904,7 +904,7 @@ def quantize_tower(
         for norm, linears in readers.items():
             if alpha is not None and norm in largest:  # parts of the last block may never run
                 smooth(norm, linears, largest[norm], alpha=alpha)
-        _replace_linears(block, W8A8Linear.from_linear)
+        replace_linears(block, W8A8Linear.from_linear)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 
 import awq
 import baselines
@@ -321,14 +321,10 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
 def quantise(model: VLM) -> None:
     """Round the decoder's blocks to four bits and the tower's to eight, as awq.py would leave them:
     which numbers are in the weights makes no difference to the time."""
-    for blocks, kind in (
-        (model.decoder.layers, awq.W4A16Linear), (model.vision_tower.layers, awq.W8A8Linear),
-    ):  # fmt: skip
-        for block in blocks:
-            for parent in (block.self_attn, block.mlp):
-                for name, linear in list(parent.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(parent, name, kind.from_linear(linear))
+    for block in model.decoder.layers:
+        awq.replace_linears(block, awq.W4A16Linear.from_linear)
+    for block in model.vision_tower.layers:
+        awq.replace_linears(block, awq.W8A8Linear.from_linear)
 
 
 class Script:
@@ -587,9 +583,10 @@ def summarise(runs: dict[str, list[dict]], tokens: int, weights: int, bandwidth:
     saved = dense["decode a token"] - sparse["decode a token"]
 
     def break_even(stages: tuple[str, ...]) -> float | None:
-        """Answer tokens after which what sparsity costs in these stages is earned back."""
+        """Answer tokens after which what sparsity costs in these stages is earned back; None if a
+        decoding step is no faster."""
         cost = sum(sparse[stage] - dense[stage] for stage in stages)
-        return 0.0 if cost <= 0 else cost / saved if saved > 0 else None
+        return max(cost, 0.0) / saved if saved > 0 else None
 
     before, during = ("salience", "prune", "prefill"), ("scoring", "packing", "decode")
     return {
@@ -711,8 +708,8 @@ def print_speed(result: dict) -> None:
     )
     for questions in ("first_question", "later_questions"):
         count = result[f"break_even_tokens_{questions}"]
-        text = "never" if count is None else f"from {math.ceil(count)} answer tokens on"
-        print(f"sparsity pays in the {questions.replace('_', ' ')} {text}")
+        text = "no token" if count is None else f"{math.ceil(count)} tokens"
+        print(f"break-even length of an answer, {questions.replace('_', ' ')}: {text}")
     if "transformers" in result:
         theirs = result["transformers"]
         print(
@@ -924,7 +921,7 @@ def draw_needle(result: dict, file: str) -> None:
     lengths, depths = result["lengths"], result["depths"]
     for axes, name in zip([grid] if len(names) == 1 else grid, names):
         values = torch.tensor([result["right"][name][frames] for frames in lengths]).T
-        image = axes.imshow(values, vmin=0, vmax=100, cmap="Greys_r", aspect="auto")
+        image = axes.imshow(values.tolist(), vmin=0, vmax=100, cmap="Greys_r", aspect="auto")
         for (row, column), value in zip(
             itertools.product(*map(range, values.shape)), values.ravel()
         ):
