@@ -901,9 +901,9 @@ def needle(names: list[str], clips: int) -> dict:
 def print_needle(result: dict) -> None:
     print(result["machine"])
     print(
-        f"{result['clips']} clips a cell; means over depths {result['depths']} %, in brackets the"
+        f"{result['clips']} clips for each length and depth; mean over depths (worst depth); "
+        "* longer than any in training\n"
     )
-    print("worst depth; clips longer than 4 frames are longer than any in training\n")
     heads = [f"{n} frames{' *' if n > result['trained'] else ''}" for n in result["lengths"]]
     print("| method | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
     for name, lengths in result["right"].items():
@@ -1051,7 +1051,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     scoring.add_argument("--json", action="store_true", help="one JSON object as the last line")
     finding = commands.add_parser("needle", help="a glyph in one frame of clips of growing length")
     finding.add_argument("--methods", nargs="+", choices=METHODS, default=list(NEEDLE_METHODS))
-    finding.add_argument("--clips", type=positive, default=60, help="for each length and depth")
+    finding.add_argument("--clips", type=positive, default=40, help="for each length and depth")
     finding.add_argument("--figure", metavar="FILE", help="heat maps")
     finding.add_argument("--json", action="store_true", help="one JSON object as the last line")
     loading = commands.add_parser("load", help="memory and time of loading 10^9 weights")

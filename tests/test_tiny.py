@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, same_bits
 from safetensors.torch import load_file
 
+from baselines import RandomSalience
 from sparsevila import Dense, SparseVILA
 from tiny import evaluate, train
 from tiny.scenes import BOARD, KINDS, make_scene, question_and_answer, render, to_images
@@ -87,7 +88,7 @@ def test_the_tiny_model_answers_unseen_scenes(tiny, session_type, positions):
 
 def test_the_right_tokens_are_what_matters(tiny):
     """At the same budgets, pruning at random loses most answers."""
-    session = evaluate.RandomSalience(*tiny, protocol="evaluation")
+    session = RandomSalience(*tiny, protocol="evaluation")
     torch.manual_seed(0)
     assert share_right(session, ["color"]) <= 0.6
 

@@ -1,5 +1,5 @@
-"""Measure the tiny model on scenes it never saw: `python tiny/evaluate.py` prints the table of
-README.md.
+"""Measure the tiny model on scenes it never saw. `measure` and `find_needle` serve bench.py;
+`python tiny/evaluate.py` prints the tables of quantised weights in README.md.
 
 Every picture is asked for a colour, a digit, a place and a count, in random order in one session;
 every clip which frame shows a digit. Answers are generated freely, token by token, and must be
@@ -13,7 +13,6 @@ import random
 import re
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import awq  # noqa: E402
-from baselines import InsideCache, RandomRetrieval, RandomSalience  # noqa: E402
+from baselines import InsideCache  # noqa: E402
 from model import VLM, Processor, load  # noqa: E402
 from sparsevila import Answer, Dense, SparseVILA  # noqa: E402
 from tiny.scenes import make_needle, make_scene, question_and_answer, render, to_images  # noqa: E402
@@ -42,22 +41,6 @@ class Method(NamedTuple):
     prefill_sparsity: float = 0.75
     decode_sparsity: float = 0.9
     options: dict = {}
-
-
-METHODS = {
-    "dense": Method(Dense, 0, 0),
-    "SparseVILA": Method(SparseVILA),
-    "SparseVILA, original positions": Method(SparseVILA, options={"positions": "original"}),
-    "random pruning": Method(RandomSalience),
-    "random retrieval": Method(RandomRetrieval),
-    "pruning only": Method(SparseVILA, 0.75, 0),
-    "pruning only, same decode cost": Method(SparseVILA, 0.975, 0),
-    "dense, conversation": Method(Dense, 0, 0, {"protocol": "conversation"}),
-    "SparseVILA, conversation": Method(SparseVILA, options={"protocol": "conversation"}),
-}
-
-
-EQUIVALENTS = 16  # models with the same function, for the last table
 
 
 def parts(answer: str) -> tuple[str, str]:
@@ -141,6 +124,9 @@ def tokens_of(session: SparseVILA, answer: Answer) -> float:
     return sum(counts) / len(answer.retrieved)
 
 
+# --- quantised ------------------------------------------------------------------------------------
+
+EQUIVALENTS = 16  # models with the same function, for the last table
 NEAREST = {"grid": 1, "clip": False}
 # name: (arguments of awq.quantize or None, is the tower quantised too, are outliers planted before)
 VARIANTS = {
@@ -245,7 +231,7 @@ def equivalent_models(source: Path, seed: int) -> list[VLM]:
 @torch.no_grad()
 def evaluate_quantised(source: Path, questions: int) -> None:
     """Print the table of quantised variants, dense and sparse."""
-    sessions = ("dense", "SparseVILA")
+    sessions = {"dense": Method(Dense, 0, 0), "SparseVILA": Method(SparseVILA)}
     heads = [f"{session}: {kind}" for session in sessions for kind in LOOKUPS]
     print("| weights (group 32) | bytes on disk | KL, millinats | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 3) + "|")
@@ -254,7 +240,7 @@ def evaluate_quantised(source: Path, questions: int) -> None:
             path = make_variant(name, source, Path(folder) / str(number))
             size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
             divergences = divergence(source, [load(path, device="cpu")[0]])
-            jobs = [(METHODS[session], str(path), questions, (1,)) for session in sessions]
+            jobs = [(method, str(path), questions, (1,)) for method in sessions.values()]
             results = list(pool.map(measure, *zip(*jobs)))
             cells = [f"{result[kind]:.1f}" for result in results for kind in LOOKUPS]
             cells = [name, f"{size:,}", mean_and_error(divergences[:, 0]), *cells]
@@ -272,30 +258,12 @@ def evaluate_quantised(source: Path, questions: int) -> None:
         print(f"| {name} | {mean_and_error(values)} | {mean_and_error(nearest - values)} |")
 
 
-COLUMNS = (*LOOKUPS, "first word", "later words", "first turn", "later turns", "count", "frame")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(HERE))
+    parser = argparse.ArgumentParser(description="Compare quantised variants of the tiny model.")
+    parser.add_argument("--model", type=Path, default=HERE)
     parser.add_argument("--questions", type=int, default=500, help="of each kind")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--quantised", action="store_true", help="compare quantised variants")
     arguments = parser.parse_args()
-    if arguments.quantised:
-        return evaluate_quantised(Path(arguments.model), arguments.questions)
-    began = time.monotonic()
-    print("| method | prefill / decode sparsity | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
-    with ProcessPoolExecutor(2) as pool:
-        jobs = [(METHODS[n], arguments.model, arguments.questions) for n in arguments.methods]
-        for name, result in zip(arguments.methods, pool.map(measure, *zip(*jobs))):
-            _, prefill, decode, _ = METHODS[name]
-            budget = f"{100 * prefill:g} % / {100 * decode:g} %"
-            cells = (f"{result[column]:.1f}" for column in COLUMNS)
-            print(f"| {name} | {budget} | " + " | ".join(cells) + " |", flush=True)
-    spent = (time.monotonic() - began) / 60
-    print(f"\n{arguments.questions} questions of each kind, {spent:.1f} minutes")
+    evaluate_quantised(arguments.model, arguments.questions)
 
 
 if __name__ == "__main__":
