@@ -1065,7 +1065,10 @@ def calibration_set(
 
     texts = None
     if prompts is not None:
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{prompts} is not UTF-8 text: {error}") from None
         texts = [line.strip() for line in lines if line.strip()]
         if not texts:
             raise ValueError(f"{prompts} holds no prompts")
@@ -1189,8 +1192,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--bench", action="store_true", help="time the products instead")
     arguments = parser.parse_args(argv)
-    if not arguments.bench and arguments.target is None:
-        parser.error("SOURCE and TARGET are needed, or --bench")
+    given = [path for path in (arguments.source, arguments.target) if path is not None]
+    if len(given) != (0 if arguments.bench else 2):
+        parser.error("either SOURCE and TARGET are needed, or --bench alone")
     if arguments.samples < 1:
         parser.error(f"--samples must be at least 1, got {arguments.samples}")
     return arguments

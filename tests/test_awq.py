@@ -740,7 +740,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, when):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([TINY], "SOURCE and TARGET are needed"),
+        ([TINY], "either SOURCE and TARGET are needed, or --bench"),
+        ([TINY, "--bench"], "or --bench alone"),
         ([TINY, TINY], "exists already"),
         ([TINY, "no/folder/here"], "no folder to make no/folder/here in"),
         (["no/where/at/all", "out"], "no folder no/where/at/all"),
@@ -774,3 +775,6 @@ def test_pictures_and_prompts_of_ones_own(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n")
     result = run(TINY, tmp_path / "none", *ours)
     assert result.returncode == 2 and "holds no prompts" in result.stderr
+    (tmp_path / "prompts.txt").write_bytes(b"\xff")
+    result = run(TINY, tmp_path / "none", *ours)
+    assert result.returncode == 2 and "prompts.txt is not UTF-8 text" in result.stderr
