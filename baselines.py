@@ -5,13 +5,13 @@
     VisionZip, PruMerge                                tokens merged after the vision tower
     FastV, SparseVLM                                   tokens dropped inside the decoder
     FirstTurnOracle                                    the best tokens for the first answer
-    RandomRetrieval, MeanSalience, OneIndexSet,        SparseVILA with one thing changed
-    VisualSoftmax, Reselect
+    RandomSalience, RandomRetrieval, MeanSalience,     SparseVILA with one thing changed
+    OneIndexSet, VisualSoftmax, Reselect
 
 `prefill_sparsity` says how many tokens a method may keep: keep_count(n, sparsity) of n. Where a
 definition cannot give that number exactly, `session.stats` and `Answer.retrieved` have what came
-out. But for SparseVILA and its variants what is dropped is lost for every later question, and
-decoding reads all that is left.
+out (SparseVLM's cluster means come on top). But for SparseVILA and its variants what is dropped is
+lost for every later question, and decoding reads all that is left.
 
 Definitions follow the papers and their public code; each class names its own. Axes as in
 sparsevila.py; T tower tokens, summary token included.
@@ -25,12 +25,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_colsum, gather_tokens
-from model import KVCache, causal_attention, token_salience
+from kernels import attention_colsum, attention_lse, gather_tokens
+from model import (
+    VLM,
+    KVCache,
+    Processor,
+    causal_attention,
+    merge_patches,
+    merge_salience,
+    token_salience,
+)
 from sparsevila import Answer, Dense, RetrievalCache, SparseVILA, keep_count, select_tokens
 
 
-class Pruned(SparseVILA):
+class Other(SparseVILA):
+    """A method with a choice of its own: always per picture. Raises: ValueError for settings that
+    it would ignore."""
+
+    places = True  # every token it keeps has a place in the picture
+
+    def __init__(self, model: VLM, processor: Processor, **settings):
+        name = type(self).__name__
+        if settings.get("scope", "frame") != "frame":
+            raise ValueError(f"{name} knows no scope but 'frame', got {settings['scope']!r}")
+        if not self.places and settings.get("positions", "contiguous") != "contiguous":
+            raise ValueError(f"tokens of {name} have contiguous positions only")
+        super().__init__(model, processor, **settings)
+
+
+class Pruned(Other):
     """Prunes by `prune`, decodes from all that is left."""
 
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
@@ -39,6 +62,16 @@ class Pruned(SparseVILA):
     def budget(self, salience: Tensor) -> int:
         """Tokens of a picture to keep, salience (images, n)."""
         return keep_count(salience.shape[1], self.prefill_sparsity)
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """Rows of patches (images, patches, ...) put together where a token is several patches."""
+        config = self.model.config
+        return merge_patches(x, config.merge, by_columns=config.by_columns)
+
+    def mean_per_token(self, salience: Tensor) -> Tensor:
+        """Salience (images, patches) of tokens, (images, n)."""
+        config = self.model.config
+        return merge_salience(salience, config.merge, by_columns=config.by_columns)
 
 
 # --- what every method must beat ------------------------------------------------------------------
@@ -84,23 +117,27 @@ class Pool(Pruned):
 
 class Downsample(Pruned):
     """The picture itself made smaller: fewer patches for the tower, whose table of positions is
-    interpolated. Each patch stands at the first of those it covers."""
+    interpolated."""
+
+    places = False
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        tower, vision = self.model.vision_tower, self.model.config.vision
+        config, tower = self.model.config, self.model.vision_tower
         table, summary = tower.position_embedding, tower.summary_tokens
-        n, side = vision.patches, math.isqrt(vision.patches)
-        k = round(math.sqrt(keep_count(n, self.prefill_sparsity)))
-        small = F.interpolate(pixels, k * vision.patch_size, mode="bicubic", antialias=True)
-        grid = table.weight[summary:].T.unflatten(1, (side, side))[None]
+        side = math.isqrt(config.vision.patches)
+        keep = keep_count(config.visual_tokens, self.prefill_sparsity)
+        k = min(round(math.sqrt(keep)) * config.merge, side)
+        small = F.interpolate(pixels, k * config.vision.patch_size, mode="bicubic", antialias=True)
+        grid = table.weight[summary:].float().T.unflatten(1, (side, side))[None]
         grid = F.interpolate(grid, k, mode="bicubic", antialias=True)[0].flatten(1).T
-        smaller = torch.nn.Embedding.from_pretrained(torch.cat([table.weight[:summary], grid]))
+        grid = torch.cat([table.weight[:summary], grid.to(table.weight)])
         try:
-            tower.position_embedding = smaller
+            tower.position_embedding = torch.nn.Embedding.from_pretrained(grid)
             with torch.no_grad():
-                return tower(small.to(self.model.device, self.model.dtype))
+                features, salience = tower(small.to(self.model.device, self.model.dtype))
         finally:
             tower.position_embedding = table
+        return self.per_token(features), self.mean_per_token(salience)
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         return prune_to(features, salience, salience.shape[1])
@@ -146,19 +183,26 @@ class VisionZip(Pruned):
     over heads, is most similar; a target becomes itself plus the mean of those that joined it.
     Without a class token, dominant are those that receive most attention from all. Contextual are a
     sixth of the budget, as in the paper (54 : 10). `average` halves a contextual token, which else
-    is twice as long as the others. Source: VisionZip (arXiv 2412.04467).
+    is twice as long as the others. `last_layer` takes the attention from where SparseVILA does.
+    The smallest budgets degenerate: of three tokens one is the class token, one dominant, one
+    contextual. Source: VisionZip (arXiv 2412.04467).
     """
 
+    places = False
     average = False
+    last_layer = False
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.model.vision_tower
-        with tower_calls(tower.layers[tower.feature_layer - 1]) as calls:
-            features, _ = super().encode(pixels)
+        with tower_calls(tower.layers[max(tower.feature_layer - 1, 0)]) as calls:
+            features, salience = super().encode(pixels)
         q, k, out = (torch.cat(calls[name]) for name in ("queries", "keys", "outputs"))
-        self.keys = k.mean(1)[:, tower.summary_tokens :]  # (images, n, D)
-        self.summary = out[:, : tower.summary_tokens]  # (images, 1 or 0, C)
-        return features, token_salience(q, k, tower.summary_tokens)
+        self.keys = self.per_token(k.mean(1)[:, tower.summary_tokens :])  # (images, n, D)
+        none = features[:, :0]  # without a class token a token may be wider than the tower
+        self.summary = out[:, :1] if tower.summary_tokens else none  # (images, 1 or 0, C)
+        if not self.last_layer:
+            salience = self.mean_per_token(token_salience(q, k, tower.summary_tokens))
+        return features, salience
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         keep, summary = self.budget(salience), self.summary.shape[1]
@@ -170,7 +214,7 @@ class VisionZip(Pruned):
             rest = [i for i in range(salience.shape[1]) if i not in set(chosen)]
             targets = rest[:: max(1, len(rest) // max(contextual, 1))][:contextual]
             others = [i for i in rest if i not in set(targets)]
-            # Contextual tokens stand at their targets, the class token at a patch that is free.
+            # As many patches as there are tokens; which token stands where is not kept.
             places.append(sorted(chosen + targets + others[:summary]))
             parts.append(self.merged(features[picture], self.keys[picture], targets, others))
         merged = torch.stack(parts[2:])
@@ -185,25 +229,34 @@ class VisionZip(Pruned):
         return (x[targets] + sums / counts) / (2 if self.average else 1)
 
 
+class VisionZipLastLayer(VisionZip):
+    """VisionZip by the attention of the tower's last layer."""
+
+    last_layer = True
+
+
 class PruMerge(Pruned):
     """The tokens most attended by the class token, each with its neighbours added; and one token
     for all the others.
 
     Scores are softmax(q_cls . k / sqrt(C)) with the full-width vectors of the last layer; without a
     class token, the attention received. A kept token becomes itself plus the sum of score_j x_j
-    over the 32 tokens of most similar key; the last token is the score-weighted sum of all that was
-    not kept. Source: LLaVA-PruMerge (arXiv 2403.15388).
+    over the tokens of most similar key, 32 of 576 or as large a share of others; the last token is
+    the score-weighted sum of all that was not kept. Left out are the number of tokens chosen by
+    outliers, for the budget is given, and PruMerge+. Source: LLaVA-PruMerge (arXiv 2403.15388).
     """
+
+    places = False
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.model.vision_tower
         with tower_calls(tower.layers[-1]) as calls:
             features, salience = super().encode(pixels)
         q, k = (torch.cat(calls[name]).transpose(1, 2).flatten(2) for name in ("queries", "keys"))
-        self.keys = k[:, tower.summary_tokens :]  # (images, n, C)
+        self.keys = self.per_token(k[:, tower.summary_tokens :])  # (images, n, C)
         if tower.summary_tokens:
             scores = (q[:, :1] @ k.mT / math.sqrt(k.shape[2])).softmax(-1)[:, 0]
-            salience = scores[:, tower.summary_tokens :]
+            salience = self.mean_per_token(scores[:, tower.summary_tokens :])
         return features, salience
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,12 +266,11 @@ class PruMerge(Pruned):
         similar = F.normalize(self.keys, dim=-1)
         similar = gather_tokens(similar, index) @ similar.mT  # (images, keep, n)
         similar.scatter_(2, index[..., None], -math.inf)  # not itself
-        near = similar.topk(min(32, n - 1), -1).indices
+        near = similar.topk(min(max(round(32 * n / 576), 1), n - 1), -1).indices
         joins = torch.zeros_like(similar).scatter_(2, near, 1).to(features)
         kept = gather_tokens(features, index) + joins @ weighted
         others = torch.ones_like(salience).scatter_(1, index, 0)
         whole = (others[..., None].to(features) * weighted).sum(1, keepdim=True)
-        # The last token stands at the best that was not kept.
         return torch.cat([kept, whole], 1), select_tokens(salience, keep + 1)
 
 
@@ -255,6 +307,13 @@ class InsideCache(KVCache):
     def start_answer(self) -> None:
         self.reading = False
 
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        if self.reading:  # the question failed: nothing was chosen
+            layers = len(self.k)
+            self.retrieved = [torch.arange(len(self.visual), device=self.visual.device)] * layers
+            self.clusters, self.reading = [[] for _ in range(layers)], False
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.append(layer, k, v)
         N = self.filled[layer]
@@ -268,12 +327,14 @@ class InsideCache(KVCache):
         values = torch.cat([*merged[1], values[:, :, seen]], 2)
         if self.reading and layer in self.stages:
             first = len(merged[0])
-            self.drop(layer, q[:, :, self.raters], keys[:, :, first:], seen.nonzero()[:, 0])
+            self.drop(layer, q, keys[:, :, first:], seen.nonzero()[:, 0])
         return causal_attention(q, keys, values)
 
     def drop(self, layer: int, q: Tensor, keys: Tensor, rows: Tensor) -> None:
-        """Choose for the layers that follow, by the attention of q to keys, rows of the cache."""
-        received = attention_colsum(q, keys).mean((0, 1))  # (rows,)
+        """Choose for the layers that follow, by the attention of the raters among the question's
+        rows q to keys, rows of the cache."""
+        lse = attention_lse(q, keys, causal=True)[:, :, self.raters]  # of all that a rater sees
+        received = attention_colsum(q[:, :, self.raters], keys, lse=lse).mean((0, 1))  # (rows,)
         old = self.retrieved[layer]
         scores = received[torch.isin(rows, self.visual)]
         stay = select_tokens(scores, min(self.stages[layer], len(old)))
@@ -291,7 +352,8 @@ class InsideCache(KVCache):
 
 
 def density_peaks(x: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
-    """Cluster numbers (m,) of points x (m, C): centres are dense and far from anything denser."""
+    """Cluster numbers (m,) of points x (m, size): centres are dense and far from all denser."""
+    x = x.float()
     distance = torch.cdist(x, x) / math.sqrt(x.shape[1])
     near = distance.topk(min(neighbours, len(x)), largest=False).values
     density = (-near.square().mean(-1)).exp()
@@ -302,7 +364,7 @@ def density_peaks(x: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
     return distance[:, centres].argmin(-1)
 
 
-class FastV(SparseVILA):
+class FastV(Other):
     """Layers up to `after` see everything, the others the tokens that the prompt's last row attends
     to most in layer `after`. Chosen for the first question, for good. Source: FastV (arXiv
     2403.06764), K = 2."""
@@ -315,6 +377,8 @@ class FastV(SparseVILA):
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
         keep = keep_count(len(visual), self.prefill_sparsity)
         layers = self.model.config.text.layers
+        if layers <= self.after:
+            raise ValueError(f"FastV drops nothing in a decoder of {layers} layers")
         return InsideCache(layers, capacity, visual, {self.after - 1: keep})
 
 
@@ -383,9 +447,16 @@ class FirstTurnOracle(Pruned):
     which must be known for that: no choice made before the decoder could know the first question
     better. Chosen once, for good."""
 
+    received: Tensor | None = None
+
     def see(self, images, *, fps: float | None = None) -> None:
-        self.seen, self.received = (images, fps), None
-        super().see(images, fps=fps)
+        received, self.received = self.received, None  # all tokens, until the first question
+        try:
+            super().see(images, fps=fps)
+        except BaseException:
+            self.received = received
+            raise
+        self.seen = images, fps
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         if self.received is None:  # no question yet
@@ -393,7 +464,7 @@ class FirstTurnOracle(Pruned):
         return prune_to(features, self.received.view_as(salience), self.budget(salience))
 
     def ask(self, question: str, **options) -> Answer:
-        if self.received is None:
+        if self.received is None and self.cache is not None:
             images, fps = self.seen
             watched = Watched(self.model, self.processor)
             watched.see(images, fps=fps)
@@ -432,7 +503,8 @@ class MeanSalience(SparseVILA):
         with tower_calls(tower.layers[-1]) as calls:
             features, _ = super().encode(pixels)
         q, k = (torch.cat(calls[name]) for name in ("queries", "keys"))
-        return features, token_salience(q, k, 0)[:, tower.summary_tokens :]
+        salience, config = token_salience(q, k, 0)[:, tower.summary_tokens :], self.model.config
+        return features, merge_salience(salience, config.merge, by_columns=config.by_columns)
 
 
 class SharedCache(RetrievalCache):

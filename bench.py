@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -242,22 +243,24 @@ class Preset(NamedTuple):
 
 
 def _qwen2(**sizes: Any) -> TextConfig:
-    common = TextConfig(vocab=151936, layers=28, rope_theta=1e6, qkv_bias=True)
-    return replace(common, max_positions=2**20, **sizes)
+    common = TextConfig(vocab=152064, layers=28, rope_theta=1e6, qkv_bias=True)
+    return replace(common, **{"max_positions": 2**20} | sizes)
 
 
 _SIGLIP_SO400M = VisionConfig(
-    width=1152, mlp=4304, layers=27, heads=16, image_size=448, patch_size=14,
+    width=1152, mlp=4304, layers=27, heads=16, image_size=384, patch_size=14,
     activation="gelu_pytorch_tanh", eps=1e-6, class_token=False,
 )  # fmt: skip
 _QWEN2_7B = _qwen2(width=3584, mlp=18944, heads=28, kv_heads=4)
-_VILA = {"projector": "mlp_downsample_2x2_fix", "merge": 2}
+_VILA = {"projector": "mlp_downsample", "merge": 2}
 PRESETS = {
-    # 256 frames of 32 x 32 patches, 2 x 2 merged: 65,536 visual tokens
+    # 256 frames of 27 x 27 patches, 2 x 2 merged: 50,176 visual tokens
     "longvila-7b": Preset(Config(_SIGLIP_SO400M, _QWEN2_7B, **_VILA), 256),
     "longvila-1.5b": Preset(
         Config(
-            _SIGLIP_SO400M, _qwen2(width=1536, mlp=8960, heads=12, kv_heads=2, tied=True), **_VILA
+            _SIGLIP_SO400M,
+            _qwen2(vocab=151936, width=1536, mlp=8960, heads=12, kv_heads=2, tied=True),
+            **_VILA,
         ),
         256,
     ),
@@ -309,6 +312,8 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
     with torch.device("meta"):
         model = VLM(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    if config.text.tied:  # which `to_empty` undoes
+        model.lm_head.weight = model.decoder.embed_tokens.weight
     generator = torch.Generator(device).manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
@@ -321,8 +326,12 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
 def quantise(model: VLM) -> None:
     """Round the decoder's blocks to four bits and the tower's to eight, as awq.py would leave them:
     which numbers are in the weights makes no difference to the time."""
+
+    def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
+        return awq.W4A16Linear.from_linear(linear, math.gcd(128, linear.in_features))
+
     for block in model.decoder.layers:
-        awq.replace_linears(block, awq.W4A16Linear.from_linear)
+        awq.replace_linears(block, four_bits)
     for block in model.vision_tower.layers:
         awq.replace_linears(block, awq.W8A8Linear.from_linear)
 
@@ -426,9 +435,13 @@ class StaticStep:
 def decode_statically(
     model: VLM, cache: KVCache, first: int, steps: int
 ) -> tuple[list[int], float]:
-    """The tokens after the first and the milliseconds they take, by a CUDA graph on a GPU."""
+    """The tokens after the first and the milliseconds they take, by a CUDA graph on a GPU. To
+    capture it is not counted: a session could pack into the same buffer for every question."""
     static = StaticStep(model, cache, first, steps + 2)
-    step = static.captured() if model.device.type == "cuda" else static
+    step = static
+    if model.device.type == "cuda":
+        with torch.cuda.device(model.device):
+            step = static.captured()
     made, watch = [], Stopwatch(model.device)
     for _ in range(steps):
         step()
@@ -506,17 +519,14 @@ def decoder_bytes(model: VLM) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def leave_out_tower(model: VLM, n: int) -> None:
-    """Let `encode` give noise for n visual tokens a picture, at once."""
-
-    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        width = model.config.merge**2 * model.config.vision.width
-        noise = torch.Generator(model.device).manual_seed(2)
-        new = {"device": model.device, "generator": noise}
-        features = torch.randn(len(pixels), n, width, dtype=model.dtype, **new)
-        return features, torch.rand(len(pixels), n, **new)
-
-    model.encode = encode
+def leave_out_tower(model: VLM, pictures: int, n: int) -> None:
+    """Let `encode` give noise for n visual tokens a picture, in no time."""
+    width = model.config.merge**2 * model.config.vision.width
+    noise = torch.Generator(model.device).manual_seed(2)
+    new = {"device": model.device, "generator": noise}
+    features = torch.randn(pictures, n, width, dtype=model.dtype, **new)
+    salience = torch.rand(pictures, n, **new)
+    model.encode = lambda pixels: (features, salience)
 
 
 def speed(arguments: argparse.Namespace) -> dict:
@@ -541,8 +551,9 @@ def speed(arguments: argparse.Namespace) -> dict:
     n = tokens_each or config.visual_tokens
     pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
     if tokens_each:  # a tower that is not ours: features and salience from nowhere
-        leave_out_tower(model, n)
+        leave_out_tower(model, pictures, n)
     script = Script(config, pictures)
+    bandwidth = read_bandwidth(device)
     kinds = {"dense": Dense, "sparse": SparseVILA}
     runs: dict[str, list[dict]] = {name: [] for name in kinds}
     theirs = Transformers(model, script, pictures * n) if arguments.versus else None
@@ -560,9 +571,9 @@ def speed(arguments: argparse.Namespace) -> dict:
     result = {
         "machine": machine(), "preset": arguments.preset, "precision": model.precision,
         "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS, "answer_tokens": N,
-        "runs": arguments.runs, **settings,
+        "runs": arguments.runs, "tower": not tokens_each, **settings,
     }  # fmt: skip
-    result |= summarise(runs, N, decoder_bytes(model), read_bandwidth(device))
+    result |= summarise(runs, N, decoder_bytes(model), bandwidth)
     return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
 
 
@@ -686,6 +697,8 @@ def print_speed(result: dict) -> None:
     def line(label: str, dense: str, sparse: str) -> None:
         print(f"{label:36}{dense:>32}{sparse:>32}")
 
+    if not result["tower"]:
+        print("without a vision tower: this model's is not one of ours\n")
     line("", "dense", "sparse")
     for stage in (*STAGES, "first token", "end to end"):
         line(f"{stage}, ms", *(cell(name, stage) for name in ("dense", "sparse")))
@@ -708,7 +721,7 @@ def print_speed(result: dict) -> None:
     )
     for questions in ("first_question", "later_questions"):
         count = result[f"break_even_tokens_{questions}"]
-        text = "no token" if count is None else f"{math.ceil(count)} tokens"
+        text = "never" if count is None else f"{math.ceil(count)} tokens"
         print(f"break-even length of an answer, {questions.replace('_', ' ')}: {text}")
     if "transformers" in result:
         theirs = result["transformers"]
@@ -717,6 +730,7 @@ def print_speed(result: dict) -> None:
             f"{theirs['first_token_ms']:,.1f} ms, {theirs['first_token_ratio']:.2f} x ours, then "
             f"{theirs['decode_ms_a_token']:.2f} ms a token, {theirs['decode_ratio']:.2f} x ours; "
             f"same tokens: {theirs['same_tokens']}"
+            + (" (theirs without a CUDA graph)" if "NVIDIA" in result["machine"] else "")
         )
 
 
@@ -764,6 +778,7 @@ PRUNERS = {
     "pool": baselines.Pool,
     "downsample": baselines.Downsample,
     "VisionZip": baselines.VisionZip,
+    "VisionZip, last layer": baselines.VisionZipLastLayer,
     "PruMerge": baselines.PruMerge,
     "FastV": baselines.FastV,
     "SparseVLM": baselines.SparseVLM,
@@ -786,10 +801,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@contextmanager
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """Processes, one a core, that end at once when something goes wrong here."""
+    pool = ProcessPoolExecutor(
+        os.cpu_count(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def accuracy(names: list[str], questions: int, seeds: int) -> dict:
     """Every method on the same unseen scenes, in both protocols: for every column the mean over
     seeds and its standard deviation. A seed has scenes and random choices of its own."""
     each = questions // seeds
+    names = list(dict.fromkeys(names))
     jobs = [
         (name, protocol, seed)
         for name in names
@@ -803,7 +831,7 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
     firsts = [seed * each for _, _, seed in jobs]
     tiny, counts, pictures = [str(HERE / "tiny")], [each], [(1, 4)]
     results: dict[str, dict] = {name: defaultdict(list) for name in names}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with workers() as pool:
         measured = pool.map(
             measure, methods, tiny * len(jobs), counts * len(jobs), pictures * len(jobs), firsts
         )
@@ -872,11 +900,14 @@ def draw_accuracy(result: dict, file: str) -> None:
 LENGTHS = (2, 4, 6, 8, 12, 16)  # frames of 100 visual tokens
 TRAINED = 4  # the longest clips that the tiny model was trained on
 DEPTHS = (0, 25, 50, 75, 100)  # per cent of the clip before the needle's frame
-NEEDLE_METHODS = ("dense", "SparseVILA", "VisionZip, 3", "PruMerge, 3")
+NEEDLE_METHODS = (
+    "dense", "SparseVILA", "SparseVILA, no retrieval, 3 kept", "VisionZip, 25", "PruMerge, 25",
+)  # fmt: skip
 
 
 def needle(names: list[str], clips: int) -> dict:
     """Share of right answers about one glyph, by length of the clip and depth of its frame."""
+    names = list(dict.fromkeys(names))
     cells = [(name, frames, depth) for name in names for frames in LENGTHS for depth in DEPTHS]
     arguments = [
         (METHODS[name], str(HERE / "tiny"), frames, round(depth / 100 * (frames - 1)), clips)
@@ -884,7 +915,7 @@ def needle(names: list[str], clips: int) -> dict:
     ]
     right: dict[str, dict] = {name: defaultdict(list) for name in names}
     attended: dict[str, dict] = {name: defaultdict(list) for name in names}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with workers() as pool:
         found = pool.map(find_needle, *zip(*arguments))
         for done, ((name, frames, _), values) in enumerate(zip(cells, found), 1):
             right[name][frames].append(values["right"])
@@ -935,7 +966,7 @@ def draw_needle(result: dict, file: str) -> None:
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
         axes.set_xlabel("frames")
-        axes.set_title(name, fontsize=14)
+        axes.set_title(name.replace("SparseVILA, ", "").replace(", ", "\n"), fontsize=14)
     figure.axes[0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=figure.axes, label="right answers, %", pad=0.02)
     figure.savefig(file, dpi=110, bbox_inches="tight")
@@ -1027,7 +1058,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     timing = commands.add_parser("speed", help="dense and sparse, stage by stage, random weights")
     timing.add_argument("--preset", choices=PRESETS, default="laptop")
-    timing.add_argument("--visual-tokens", type=positive, metavar="N", help="default: the preset's")
+    timing.add_argument("--visual-tokens", type=positive, metavar="N", help="in whole pictures")
     timing.add_argument("--answer-tokens", type=positive, default=128, metavar="N")
     timing.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
     timing.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
@@ -1062,8 +1093,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     making.add_argument("folder", type=Path)
     comparing = commands.add_parser("versus", help="dense decoding beside transformers'")
     comparing.add_argument("folder")
-    comparing.add_argument("--tokens", type=int, default=64)
-    comparing.add_argument("--runs", type=int, default=5)
+    comparing.add_argument("--tokens", type=positive, default=64)
+    comparing.add_argument("--runs", type=positive, default=5)
     return parser.parse_args(argv)
 
 
@@ -1071,7 +1102,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
         run(arguments)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, RuntimeError, ImportError, AssertionError) as error:
         print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -1112,10 +1145,10 @@ def check_figure(file: Path) -> None:
 def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Namespace) -> None:
     """Print a result, draw it if asked, and end with its JSON if asked."""
     show(result)
+    if arguments.json:
+        print(json.dumps(result), flush=True)
     if arguments.figure:
         draw(result, arguments.figure)
-    if arguments.json:
-        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -698,8 +698,8 @@ SHAPES = (
     + [("log", B, 32, 32, 64, 16384, 128, True) for B in (1, 4, 16, 64, 256)]
     + [("log", 1, 32, 32, 512, N, 128, True) for N in (16384, 32768, 65536, 131072, 262144)]
     + [
-        ("LongVILA-7B, 256 frames, vision", 256, 16, 16, 1024, 1024, 72, False),
-        ("LongVILA-7B, 256 frames, question", 1, 28, 4, 64, 16384, 128, True),
+        ("SigLIP 448, 256 frames, vision", 256, 16, 16, 1024, 1024, 72, False),
+        ("Qwen2-7B, 256 frames, question", 1, 28, 4, 64, 16384, 128, True),
         ("Qwen2.5-VL-7B, 1080p, vision", 1, 16, 16, 10640, 10640, 80, False),
         ("Qwen2.5-VL-7B, 1080p, question", 1, 28, 4, 64, 665, 128, True),
         ("SmolVLM-256M, 17 tiles, vision", 17, 12, 12, 1024, 1024, 64, False),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, random_pictures
 
 import baselines
 import model
@@ -17,8 +18,10 @@ METHODS = [
     value
     for value in vars(baselines).values()
     if inspect.isclass(value) and issubclass(value, SparseVILA)
-    and value.__module__ == "baselines" and value not in (baselines.Pruned, baselines.Watched)
+    and value.__module__ == "baselines"
+    and value not in (baselines.Other, baselines.Pruned, baselines.Watched)
 ]  # fmt: skip
+GOLDEN = ROOT / "tests" / "golden"
 QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the 4?"]
 MERGING = (baselines.VisionZip, baselines.PruMerge)  # even at full budget they change tokens
 
@@ -63,6 +66,67 @@ def test_pruned_methods_lose_what_the_second_question_needs(tiny, board):
     got = answers(oracle, board)
     assert got[0] == expected[0] and got[1] != expected[1]
     assert answers(SparseVILA(*tiny, protocol="evaluation"), board) == expected
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "nvila", "nvila_hf"])
+@pytest.mark.parametrize("kind", METHODS)
+def test_methods_work_where_a_token_is_several_patches(name, kind):
+    """And without a class token, with tiles; these decoders have two layers."""
+    vlm, processor = model.load(GOLDEN / name, device="cpu")
+    session = kind(vlm, processor, prefill_sparsity=0.5)
+    picture = random_pictures(1, 1, side=70)
+    if kind is baselines.FastV:
+        with pytest.raises(ValueError, match="drops nothing in a decoder of 2 layers"):
+            session.see(picture)
+        return
+    session.see(picture)
+    assert session.ask("what?", max_new_tokens=3).token_ids
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_methods_work_in_half_precision(kind, dtype, board):
+    session = kind(*model.load(ROOT / "tiny", device="cpu", dtype=dtype))
+    session.see(board)
+    assert session.ask("where is the 4?", max_new_tokens=4).token_ids
+
+
+def test_settings_that_a_method_would_ignore_are_refused(tiny):
+    with pytest.raises(ValueError, match="VisionZip knows no scope but 'frame', got 'global'"):
+        baselines.VisionZip(*tiny, scope="global")
+    with pytest.raises(ValueError, match="tokens of PruMerge have contiguous positions only"):
+        baselines.PruMerge(*tiny, positions="original")
+
+
+@pytest.mark.parametrize("kind", [baselines.FastV, baselines.SparseVLM])
+def test_a_question_that_fails_chooses_nothing(tiny, board, kind, monkeypatch):
+    session = kind(*tiny, prefill_sparsity=0.97)
+    session.see(board)
+    drop = session.cache.drop
+
+    def fail(*arguments):
+        drop(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.cache, "drop", fail)
+    with pytest.raises(KeyboardInterrupt):
+        session.ask(QUESTIONS[2])
+    monkeypatch.undo()
+    fresh = kind(*tiny, prefill_sparsity=0.97)
+    fresh.see(board)
+    got, expected = session.ask(QUESTIONS[0]), fresh.ask(QUESTIONS[0])
+    assert got.token_ids == expected.token_ids
+    assert [r.tolist() for r in got.retrieved] == [r.tolist() for r in expected.retrieved]
+
+
+def test_the_oracle_before_and_after_a_failed_see(tiny, board):
+    oracle = baselines.FirstTurnOracle(*tiny)
+    with pytest.raises(RuntimeError, match="nothing to ask about"):
+        oracle.ask(QUESTIONS[0])
+    oracle.see(board)
+    with pytest.raises(OSError):
+        oracle.see("/nonexistent.png")
+    assert oracle.ask(QUESTIONS[0]).token_ids
 
 
 # --- definitions ----------------------------------------------------------------------------------
@@ -113,11 +177,13 @@ def test_visionzip_assigns_by_the_most_similar_key():
 
 
 def test_prumerge_by_hand():
-    """Three tokens, budget two: the best with both others added, and the others' weighted sum."""
+    """Three tokens, budget two: the best with its neighbour added, and the others' weighted sum.
+    One neighbour, as 32 of 576 are less than one of three."""
     x, scores = torch.tensor([[[1.0], [10], [100]]]), torch.tensor([[0.5, 0.3, 0.2]])
-    session = fake(baselines.PruMerge, 1 / 3, keys=torch.randn(1, 3, 4))
+    keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.5]]])
+    session = fake(baselines.PruMerge, 1 / 3, keys=keys)
     kept, index = session.prune(x, scores)
-    torch.testing.assert_close(kept.flatten(), torch.tensor([1 + 3 + 20.0, 3 + 20.0]))
+    torch.testing.assert_close(kept.flatten(), torch.tensor([1 + 20.0, 3 + 20.0]))
     assert index.tolist() == [[0, 1]]
 
 

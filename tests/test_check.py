@@ -55,8 +55,8 @@ def test_right_results_exit_with_zero(results, capsys):
         (lambda t: t | {NAME: t[NAME] + torch.inf}, "inf in place of"),
         (lambda t: t | {NAME: t[NAME] + 1e-3}, "1 of 1 wrong, the first at 0"),
         (lambda t: {n: v for n, v in t.items() if n != NAME}, f"{NAME}: missing"),
-        (lambda t: t | {"attention_lse/0/lze": torch.ones(1)}, "no case: attention_lse/0/lze"),
-        (lambda t: t | {"lse": torch.ones(1)}, "no case: lse"),
+        (lambda t: t | {"attention_lse/0/lze": torch.ones(1)}, "no case: 'attention_lse/0/lze'"),
+        (lambda t: t | {"lse": torch.ones(1)}, "no case: 'lse'"),
     ],
 )
 def test_wrong_results_are_named(results, capsys, change, words):
@@ -138,6 +138,35 @@ def test_an_allowed_error_is_small_beside_what_it_belongs_to():
                 assert allowed.max() < limit * largest, place["tensor"]
 
 
+def test_a_pipe_is_not_waited_for(results, capsys):
+    os.mkfifo(results / "pipe.safetensors")
+    status, printed = verdict(results, capsys)
+    assert status == 1 and "pipe.safetensors is no regular file" in printed
+
+
+def test_a_refused_dtype_hides_no_mistake(tmp_path):
+    """Float32 is wrong and the other dtypes are refused; and a file that refuses everything."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def attention_lse(q, k, **options):\n"
+        "    if q.element_size() < 4:\n"
+        "        raise NotImplementedError('float32 only')\n"
+        "    return q.sum(-1)\n"
+    )
+    status, printed = run("pytest", "-q", "tests/conformance", "--impl", str(file))
+    assert status == 1 and "3 failed" in printed
+    file.write_text("def attention_lse(q, k, **options):\n    raise NotImplementedError('no')\n")
+    status, printed = run("pytest", "-q", "tests/conformance", "--impl", str(file))
+    assert status == 1 and " passed" not in printed
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "raise SystemExit(0)", "def", "import nowhere"])
+def test_files_that_cannot_be_imported_are_one_line(code, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(ValueError, match="mine.py' cannot be imported: "):
+        load_implementation(str(tmp_path / "mine.py"))
+
+
 @pytest.mark.skipif(not shutil.which("node"), reason="no node")
 def test_a_program_in_another_language(tmp_path, capsys):
     example = ROOT / "tests" / "conformance" / "example.js"
@@ -161,7 +190,8 @@ def run(*arguments: str, **environment: str) -> tuple[int, str]:
     "options, words",
     [
         (["--impl", "no_such_module"], "No module named 'no_such_module'"),
-        (["--impl", "no_such.py"], "--impl no_such.py: no such file"),
+        (["--impl", "no_such.py"], "--impl 'no_such.py' cannot be imported: FileNotFoundError"),
+        (["--impl", "."], "--impl '.' cannot be imported"),
         (["--impl", "json"], "--impl json defines none of attention_lse, "),
         (["--impl-dtypes", "float32,int3"], "'int3' is none of float32, float16, bfloat16"),
         (["--impl-device", "abacus"], "--impl-device: "),
@@ -187,7 +217,7 @@ def test_what_a_module_does_not_define_is_not_provided(tmp_path):
     status, printed = run("pytest", "-q", "-rs", "tests/conformance", "--impl", str(file))
     assert status == 1 and "1 failed" in printed and " passed" not in printed
     assert "attention_lse not provided" in printed
-    assert "select_tokens not provided in part: tomorrow" in printed
+    assert "select_tokens not provided in part: torch.float32: tomorrow" in printed
     folder = tmp_path / "results"
     status, printed = run("tests.conformance.run", str(folder), "--impl", str(file))
     assert status == 0, printed

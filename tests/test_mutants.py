@@ -2,6 +2,7 @@
 implementations that are written differently. pytest's last lines say which check caught what."""
 
 import pytest
+import torch
 from conformance import other
 from conformance.check import compare
 from conformance.checks import CHECKS, Lab
@@ -20,12 +21,15 @@ ACCEPTED = [case for case in ACCEPTED if case[2]]
 
 def caught_by(operation: str, implementation) -> str | None:
     """The first check that rejects it."""
-    lab = Lab(load_implementation(None) | {operation: implementation})
     for check in CHECKS[operation]:
-        try:
-            check(lab)
-        except AssertionError:
-            return f"{operation}: {check.__name__}"
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            lab = Lab(load_implementation(None) | {operation: implementation}, "cpu", (dtype,))
+            try:
+                check(lab)
+            except NotImplementedError:
+                continue
+            except AssertionError:
+                return f"{operation}: {check.__name__}"
     return None
 
 

@@ -87,18 +87,19 @@ def make_scene(rng: random.Random, frames: int = 1) -> Scene:
 
 
 def make_needle(rng: random.Random, frames: int, depth: int) -> tuple[Scene, Glyph]:
-    """A clip with one glyph in frame `depth`, which is returned as well, and three others anywhere
-    else."""
-    digits, colors = rng.sample(range(10), 4), rng.sample(list(COLORS), 4)
-    elsewhere = [frame for frame in range(frames) if frame != depth] or [0]
-    places = rng.sample([(frame, cell) for frame in elsewhere for cell in range(BOARD**2)], 3)
-    places.append((depth, rng.choice([c for c in range(BOARD**2) if (depth, c) not in places])))
+    """A clip with six glyphs in frame `depth`, of which one is returned as well, and two anywhere
+    else. Which of the six will be asked for, nobody can know from the clip."""
+    digits, colors = rng.sample(range(10), 8), rng.sample(list(COLORS), 8)
+    elsewhere = [frame for frame in range(frames) if frame != depth] or [depth]
+    cells = rng.sample(range(BOARD**2), 8)  # all different, in whatever frames
+    places = [(depth, cell) for cell in cells[:6]]
+    places += [(rng.choice(elsewhere), cell) for cell in cells[6:]]
     glyphs = [
         Glyph(digit, color, cell // BOARD, cell % BOARD, frame)
         for digit, color, (frame, cell) in zip(digits, colors, places)
     ]
     order = sorted(glyphs, key=lambda glyph: (glyph.frame, glyph.row, glyph.column))
-    return Scene(frames, tuple(order)), glyphs[-1]
+    return Scene(frames, tuple(order)), glyphs[0]
 
 
 def render(scene: Scene, rng: random.Random) -> Tensor:

@@ -26,6 +26,8 @@ def read_results(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder} holds no .safetensors files")
     results: dict[str, Tensor] = {}
     for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError(f"{file} is no regular file")
         try:
             content = load_file(file)
         except (SafetensorError, OSError) as error:
@@ -94,7 +96,9 @@ def compare(results: dict[str, Tensor], folder: Path = FOLDER) -> tuple[list[str
         lines.append(f"{operation:20}{counts[operation]:6}  {verdict}")
         lines += [f"    {words}" for words in found]
     extra = sorted(results.keys() - wanted)
-    lines += [f"extra tensor, expected by no case: {name}" for name in extra]
+    lines += [f"extra tensor, expected by no case: {name!r}" for name in extra[:20]]
+    if len(extra) > 20:
+        lines.append(f"and {len(extra) - 20} more extra tensors")
     return lines, not any(faults.values()) and not extra
 
 

@@ -27,7 +27,11 @@ def load_implementation(name: str | None) -> dict:
     ours = {op: getattr(m, op) for op in CHECKS for m in OURS if hasattr(m, op)}
     if name is None:
         return ours
-    module = load_file(Path(name)) if name.endswith(".py") else load_module(name)
+    try:
+        module = load_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # whatever somebody's code does
+        kind = type(error).__name__
+        raise ValueError(f"--impl {name!r} cannot be imported: {kind}: {error}") from None
     theirs = {op: getattr(module, op) for op in CHECKS if hasattr(module, op)}
     theirs = {op: made for op, made in theirs.items() if made is not ours[op]}
     if not theirs:
@@ -35,18 +39,11 @@ def load_implementation(name: str | None) -> dict:
     return theirs
 
 
-def load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--impl {name}: {error}") from None
-
-
 def load_file(path: Path) -> ModuleType:
     """Run a file. What it imports comes from its own folder first: a changed copy of our
     sparsevila.py meets the kernels.py beside it, not ours."""
     if not path.is_file():
-        raise ValueError(f"--impl {path}: no such file")
+        raise FileNotFoundError(f"no file {path}")
     path = path.resolve()
     spec = importlib.util.spec_from_file_location("implementation_under_test", path)
     module = importlib.util.module_from_spec(spec)
@@ -57,26 +54,34 @@ def load_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(path.parent))
+        sys.path.append(str(path.parent))  # for what is imported later, inside functions
         sys.modules |= hidden
     return module
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Options that are wrong end pytest with one line."""
-    option = config.getoption
-    try:
-        dtypes = tuple(DTYPES[name] for name in option("impl_dtypes").split(","))
-        device = torch.device(option("impl_device"))
-        torch.empty(0, device=device)
-        config.lab = Lab(load_implementation(option("impl")), str(device), dtypes)
-    except KeyError as error:
+    names, device = config.getoption("impl_dtypes").split(","), config.getoption("impl_device")
+    if unknown := [name for name in names if name not in DTYPES]:
         known = ", ".join(DTYPES)
-        raise pytest.UsageError(f"--impl-dtypes: {error} is none of {known}") from None
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch without it
+        raise pytest.UsageError(f"--impl-dtypes: {unknown[0]!r} is none of {known}")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # no such device, or torch without it
         raise pytest.UsageError(f"--impl-device: {str(error).splitlines()[0]}") from None
+    try:
+        operations = load_implementation(config.getoption("impl"))
     except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(" ".join(str(error).split())) from None
+    config.lab = Lab(operations, device, tuple(DTYPES[name] for name in names))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """An implementation of which nothing passed is not all right."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("impl") and exitstatus == 0 and not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

@@ -88,6 +88,17 @@ def colsum_where_large(q, k, **options):
     return torch.where(sums > 1e-3, sums, torch.full_like(sums, 7.0))
 
 
+def scale_ignored_under_a_mask(q, k, *, causal=False, scale=None, **options):
+    return colsum(q, k, causal=causal, scale=None if causal else scale, **options)
+
+
+def decode_without_maximum(q, k, v, *, length=None, scale=None):
+    length = k.shape[2] if length is None else int(length)
+    weights = scores_of(q, k[:, :, :length], scale=scale).exp()
+    values = v[:, :, :length].repeat_interleave(q.shape[1] // v.shape[1], 1).float()
+    return (weights @ values / weights.sum(-1, keepdim=True)).to(q.dtype)
+
+
 def decode(q, k, v, *, length=None, scale=None, beyond=0, heads="interleave", swap=False):
     """`beyond`: how many rows too many."""
     length = k.shape[2] if length is None else int(length)
@@ -144,6 +155,18 @@ def gather_shared(x, index):
     return kernels.gather_tokens(x, index[:1].expand_as(index).contiguous())
 
 
+def select_in_half(scores, keep):
+    return select_tokens(scores.half(), keep)
+
+
+def gather_sorted(x, index):
+    return kernels.gather_tokens(x, index.sort().values)
+
+
+def keep_count_of_two_digits(n, sparsity):
+    return keep_count(n, min(round(sparsity, 2), 0.99))
+
+
 # --- four-bit weights -----------------------------------------------------------------------------
 
 
@@ -186,6 +209,13 @@ def matmul_in_half(x, qweight, qzeros, scales, bias=None):
     for i in range(0, len(w), 4):
         total += (x[:, i : i + 4].float() @ w[i : i + 4]).bfloat16()
     return (total.float() if bias is None else total + bias).to(x.dtype)
+
+
+def matmul_in_tf32(x, qweight, qzeros, scales, bias=None):
+    """x rounded to the ten bits of TF32's fraction."""
+    x, dtype = x.float(), x.dtype
+    step = 2.0 ** (x.abs().clamp(min=1e-30).log2().floor() - 10)
+    return matmul_with((x / step).round() * step, qweight, qzeros, scales, bias).to(dtype)
 
 
 def quantize_one_sided(weight, group_size=128):
@@ -425,6 +455,10 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
         "half of the head size": lambda q, k, **o: colsum(q, k, dims=q.shape[3] // 2, **o),
         "heads averaged before the softmax": colsum_of_mean_scores,
         "softmax without the first key": partial(colsum, keys=slice(1, None)),
+        "a given scale ignored under a mask": scale_ignored_under_a_mask,
+        "head size cut to 80": lambda q, k, **o: colsum(
+            q[..., :80], k[..., :80], **{"scale": q.shape[3] ** -0.5} | o
+        ),
         "a given lse ignored": lambda q, k, lse=None, **o: colsum(q, k, **o),
         "scores in bfloat16": partial(colsum, scores_in=torch.bfloat16),
         "sums in bfloat16": partial(colsum, sums_in=torch.bfloat16),
@@ -438,23 +472,27 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
         "a stale row past the length": partial(decode, beyond=1),
         "length ignored": partial(decode, beyond=10**6),
         "keys and values swapped": partial(decode, swap=True),
+        "no maximum subtracted": decode_without_maximum,
         "head groups interleaved": partial(decode, heads="repeat"),
     },
     "gather_tokens": {
         "index truncated to 16 bits": gather_int16,
         "one index for the whole batch": gather_shared,
+        "index sorted first": gather_sorted,
     },
     "keep_count": {
         "keep count by the floor of a float": lambda n, sparsity: max(
             math.floor(n * (1 - sparsity)), min(n, 1)
         ),
         "dropped count by the floor of a float": lambda n, sparsity: n - math.floor(n * sparsity),
+        "sparsity to two digits": keep_count_of_two_digits,
         "keep count rounded": lambda n, sparsity: max(round(n * (1 - sparsity)), min(n, 1)),
         "nothing may be left": lambda n, sparsity: int(n * (1 - sparsity) + 1e-9),
     },
     "select_tokens": {
         "ties to the higher index": ties_to_the_higher_index,
         "unsorted indices": unsorted,
+        "scores compared in float16": select_in_half,
         "one token too many": lambda scores, keep: select_tokens(
             scores, min(keep + 1, scores.shape[-1])
         ),
@@ -484,6 +522,7 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
         ),
         "bias (of q, k, v) dropped": partial(matmul_with, keep_bias=False),
         "product added up in bfloat16": matmul_in_half,
+        "product in TF32": matmul_in_tf32,
     },
     "RetrievalCache": {
         "relevance by a softmax over visual keys only": VisualSoftmax,

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks, oracle
 from .check import FOLDER
 from .checks import Lab
-from .oracle import U16, Attention, gamma
+from .oracle import Attention, gamma
 from .run import session
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,6 +55,8 @@ def attention_cases(lab: Lab) -> Iterator[Case]:
     q, k = 5 * lab.normal(0, 1, 4, 9, 16), lab.normal(1, 1, 2, 7, 16)
     for scale in (0.01, 2.0):
         yield from lse_and_colsum(q, k, Attention(q, k, scale=scale), scale=scale)
+        truth = Attention(q, k, causal=True, scale=scale)
+        yield from lse_and_colsum(q, k, truth, causal=True, scale=scale)
     yield from lse_and_colsum(q, k, Attention(q, k, causal=True), causal=True)  # M > N
     truth = Attention(q, k)
     lse = (truth.lse + math.log(2)).float()  # doubled, which halves the sums
@@ -68,6 +70,10 @@ def attention_cases(lab: Lab) -> Iterator[Case]:
         out = rounded(*truth.output(v[:, :, :77], dtype), dtype)
         k[:, :, 77:], v[:, :, 77:] = 1000, 1000  # beyond the length
         yield Case("decode_attention", {"length": 77}, {"q": q, "k": k, "v": v}, {"out": out})
+    truth = Attention(q, k[:, :, :77], scale=100.0)  # scores of up to 1000
+    out = rounded(*truth.output(v[:, :, :77], dtype), dtype)
+    parameters = {"length": 77, "scale": 100.0}
+    yield Case("decode_attention", parameters, {"q": q, "k": k, "v": v}, {"out": out})
 
 
 def lse_and_colsum(q: Tensor, k: Tensor, truth: Attention, **parameters: Any) -> Iterator[Case]:
@@ -78,13 +84,14 @@ def lse_and_colsum(q: Tensor, k: Tensor, truth: Attention, **parameters: Any) ->
 
 
 def choosing_cases(lab: Lab) -> Iterator[Case]:
-    x, index = lab.normal(0, 2, 9, 5), torch.tensor([[0, 2, 8], [1, 1, 7]])
+    x, index = lab.normal(0, 2, 9, 5), torch.tensor([[0, 8, 2], [1, 1, 7]])
     rows = torch.stack([x[b, index[b]] for b in range(2)])
     yield exact("gather_tokens", {}, {"x": x, "index": index}, rows=rows)
     x, index = torch.arange(40_000, dtype=torch.int32)[None, :, None], torch.tensor([[3, 39_999]])
     rows = torch.tensor([[[3], [39_999]]], dtype=torch.int32)
     yield exact("gather_tokens", {}, {"x": x, "index": index}, rows=rows)
     counts = [(100, 0.29), (1000, 0.7), (576, 0.75), (10, 0.333), (10, 0.36), (7, 0.999), (1, 0.0)]
+    counts += [(1000, 0.699999), (49, 3 / 49)]
     for n, sparsity in counts:
         count = torch.tensor(oracle.keep_count(n, sparsity))
         yield exact("keep_count", {"n": n, "sparsity": sparsity}, {}, count=count)
@@ -92,6 +99,9 @@ def choosing_cases(lab: Lab) -> Iterator[Case]:
     for keep in (0, 2, 4, 7):
         chosen = torch.tensor(oracle.select_tokens(scores.tolist(), keep), dtype=torch.int64)
         yield exact("select_tokens", {"keep": keep}, {"scores": scores}, index=chosen)
+    scores = 1 + torch.randperm(99, generator=torch.Generator().manual_seed(0)) * 2.0**-23
+    chosen = torch.tensor(oracle.select_tokens(scores.tolist(), 30))
+    yield exact("select_tokens", {"keep": 30}, {"scores": scores}, index=chosen)
     features, salience = lab.normal(0, 3, 20, 4), lab.normal(1, 3, 20).softmax(-1)
     inputs = {"features": features, "salience": salience}
     for sparsity in (0.0, 0.75):
@@ -106,15 +116,22 @@ def weight_cases(lab: Lab) -> Iterator[Case]:
     words = torch.tensor(oracle.pack(codes.tolist()), dtype=torch.int32)
     yield exact("pack", {}, {"codes": codes}, packed=words)
     yield exact("unpack", {}, {"packed": words}, codes=codes)
+    qweight, qzeros, scales = checks.packed_weights(lab, 5, 160, 24, 32)
+    packed = qweight, qzeros, (2.0 ** scales.float().log2().round()).half()  # nothing to round
+    x = lab.normal(3, 9, 160)
+    expected, size = checks.product(lab, x, packed)
+    y = rounded(expected, checks.product_error(160, x.dtype, rounded=False) * size, x.dtype)
+    inputs = {"x": x} | dict(zip(("qweight", "qzeros", "scales"), packed))
+    yield Case("w4a16_matmul", {}, inputs, {"y": y})
     for K, N, group in checks.GROUPS:
         packed = checks.packed_weights(lab, K, K, N, group)
         inputs = dict(zip(("qweight", "qzeros", "scales"), packed))
         yield exact("dequantize", {}, inputs, weight=oracle.dequantize(*packed).half())
         for dtype in lab.dtypes:
             x = lab.normal(K, 5, K, dtype=dtype)
-            bias = {"bias": 30 * lab.normal(K + 1, N, dtype=dtype)} if K == 64 else {}
+            bias = {"bias": 30 * lab.normal(K + 1, N, dtype=dtype)} if K == 160 else {}
             expected, size = checks.product(lab, x, packed, **bias)
-            allowed = (gamma(K + 1) + 2 * oracle.ROUNDOFF[dtype] + 2 * U16) * size
+            allowed = checks.product_error(K, dtype) * size
             y = rounded(expected, allowed, dtype)
             yield Case("w4a16_matmul", {}, {"x": x} | inputs | bias, {"y": y})
 
