@@ -1800,11 +1800,13 @@ class VILAProcessor(Processor):
     steps, size_key = (), "size"
 
     def __init__(self, tokenizer: Tokenizer, *arguments, template: str | None = None, **texts):
-        for token, other in self.by_token.items():
-            if tokenizer.token_to_id(token) is not None:
-                self.template = other
+        known = [token for token in self.by_token if tokenizer.token_to_id(token) is not None]
+        if known:
+            self.template = self.by_token[known[-1]]
         super().__init__(tokenizer, *arguments, template=template, **texts)
-        self.end_of_view = tuple(self._encode("\n"))
+        # VILA-1.5 wrote a new line into the text behind every picture; later code appends its token
+        # to the picture, which with Llama's tokenizer is not the same.
+        self.end_of_view = tuple(self._encode("\n")) if known else ()
 
     def read_settings(self, settings: dict) -> None:
         self.image_size = _edge(settings, self.size_key, {"height", "width"})
@@ -1860,7 +1862,8 @@ class VILAProcessor(Processor):
 
     def _text(self, views: list[View]) -> str:
         one = views[-1].number == 0 and views[0].second is None
-        return ("{image}\n" if one and self.shape == "dynamic" else "{image}") * len(views)
+        written = not self.end_of_view or (one and self.shape == "dynamic")
+        return ("{image}\n" if written else "{image}") * len(views)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

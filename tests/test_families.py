@@ -15,7 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import awq
-from model import VLM, Config, Processor, in_words, load, merge_patches, merge_salience
+from model import (
+    VLM,
+    Config,
+    Processor,
+    VILAProcessor,
+    in_words,
+    load,
+    merge_patches,
+    merge_salience,
+    read_tokenizer,
+)  # fmt: skip
 from sparsevila import SparseVILA
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -289,6 +299,29 @@ def test_a_conversation_is_encoded_as_if_in_one_piece(scheme, tmp_path):
     ids = processor.context([1]) + processor.question("what?", first=True)
     ids += processor.question("where?", first=False)
     assert ids == processor.tokenizer.encode(whole).ids
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_vicunas_prompt_is_that_of_vila_15(count):
+    """As its own code made it (run_vila.py and tokenizer_image_token, commit 1c88211): an image and
+    a new line for every picture, the text between the images encoded piece by piece."""
+    tokenizer = read_tokenizer(GOLDEN / "llava")
+    image = tokenizer.get_vocab_size() + 5
+    settings = {"size": {"height": 32, "width": 32}, "image_aspect_ratio": "resize"}
+    processor = VILAProcessor(read_tokenizer(GOLDEN / "llava"), image, settings)
+    views = processor.views(random_pictures(0, count))
+    got = processor.context([2] * count, views)
+    got += processor.question("what?", first=True, views=views)
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+    )
+    system += "gives helpful, detailed, and polite answers to the user's questions."
+    chunks = [f"{system} USER: ", *["\n"] * (count - 1), "\nwhat? ASSISTANT:"]
+    first, *others = (tokenizer.encode(chunk).ids for chunk in chunks)
+    expected = first
+    for ids in others:
+        expected = expected + [image] * 2 + ids[1:]  # without the begin token
+    assert got == expected
 
 
 def test_a_template_must_not_hold_the_image_token():
