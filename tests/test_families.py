@@ -312,10 +312,8 @@ def test_vicunas_prompt_is_that_of_vila_15(count):
     views = processor.views(random_pictures(0, count))
     got = processor.context([2] * count, views)
     got += processor.question("what?", first=True, views=views)
-    system = (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant "
-    )
-    system += "gives helpful, detailed, and polite answers to the user's questions."
+    system = "A chat between a curious user and an artificial intelligence assistant. The "
+    system += "assistant gives helpful, detailed, and polite answers to the user's questions."
     chunks = [f"{system} USER: ", *["\n"] * (count - 1), "\nwhat? ASSISTANT:"]
     first, *others = (tokenizer.encode(chunk).ids for chunk in chunks)
     expected = first

@@ -6,6 +6,7 @@ anything is complete and right, else 1.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,9 +20,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "golden" / "conformance"
 
 def read_results(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's .safetensors files. Raises: ValueError naming what is wrong."""
-    if not folder.is_dir():
+    try:
+        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else None
+    except OSError as error:
+        raise ValueError(f"the folder cannot be read: {error}") from None
+    if files is None:
         raise ValueError(f"no folder {folder}")
-    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors files")
     results: dict[str, Tensor] = {}
@@ -119,4 +123,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
