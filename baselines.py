@@ -26,15 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention_colsum, attention_lse, gather_tokens
-from model import (
-    VLM,
-    KVCache,
-    Processor,
-    causal_attention,
-    merge_patches,
-    merge_salience,
-    token_salience,
-)
+from model import VLM, KVCache, Processor, causal_attention, token_salience
 from sparsevila import Answer, Dense, RetrievalCache, SparseVILA, keep_count, select_tokens
 
 
@@ -42,13 +34,13 @@ class Other(SparseVILA):
     """A method with a choice of its own: always per picture. Raises: ValueError for settings that
     it would ignore."""
 
-    places = True  # every token it keeps has a place in the picture
+    has_places = True  # every token it keeps has a place in the picture
 
     def __init__(self, model: VLM, processor: Processor, **settings):
         name = type(self).__name__
         if settings.get("scope", "frame") != "frame":
             raise ValueError(f"{name} knows no scope but 'frame', got {settings['scope']!r}")
-        if not self.places and settings.get("positions", "contiguous") != "contiguous":
+        if not self.has_places and settings.get("positions", "contiguous") != "contiguous":
             raise ValueError(f"tokens of {name} have contiguous positions only")
         super().__init__(model, processor, **settings)
 
@@ -62,16 +54,6 @@ class Pruned(Other):
     def budget(self, salience: Tensor) -> int:
         """Tokens of a picture to keep, salience (images, n)."""
         return keep_count(salience.shape[1], self.prefill_sparsity)
-
-    def per_token(self, x: Tensor) -> Tensor:
-        """Rows of patches (images, patches, ...) put together where a token is several patches."""
-        config = self.model.config
-        return merge_patches(x, config.merge, by_columns=config.by_columns)
-
-    def mean_per_token(self, salience: Tensor) -> Tensor:
-        """Salience (images, patches) of tokens, (images, n)."""
-        config = self.model.config
-        return merge_salience(salience, config.merge, by_columns=config.by_columns)
 
 
 # --- what every method must beat ------------------------------------------------------------------
@@ -119,7 +101,7 @@ class Downsample(Pruned):
     """The picture itself made smaller: fewer patches for the tower, whose table of positions is
     interpolated."""
 
-    places = False
+    has_places = False
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         config, tower = self.model.config, self.model.vision_tower
@@ -137,7 +119,7 @@ class Downsample(Pruned):
                 features, salience = tower(small.to(self.model.device, self.model.dtype))
         finally:
             tower.position_embedding = table
-        return self.per_token(features), self.mean_per_token(salience)
+        return self.model.merge_patches(features), self.model.merge_salience(salience)
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         return prune_to(features, salience, salience.shape[1])
@@ -188,7 +170,7 @@ class VisionZip(Pruned):
     contextual. Source: VisionZip (arXiv 2412.04467).
     """
 
-    places = False
+    has_places = False
     average = False
     last_layer = False
 
@@ -197,11 +179,11 @@ class VisionZip(Pruned):
         with tower_calls(tower.layers[max(tower.feature_layer - 1, 0)]) as calls:
             features, salience = super().encode(pixels)
         q, k, out = (torch.cat(calls[name]) for name in ("queries", "keys", "outputs"))
-        self.keys = self.per_token(k.mean(1)[:, tower.summary_tokens :])  # (images, n, D)
+        self.keys = self.model.merge_patches(k.mean(1)[:, tower.summary_tokens :])  # (images, n, D)
         none = features[:, :0]  # without a class token a token may be wider than the tower
         self.summary = out[:, :1] if tower.summary_tokens else none  # (images, 1 or 0, C)
         if not self.last_layer:
-            salience = self.mean_per_token(token_salience(q, k, tower.summary_tokens))
+            salience = self.model.merge_salience(token_salience(q, k, tower.summary_tokens))
         return features, salience
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,16 +191,15 @@ class VisionZip(Pruned):
         contextual = max(1, round(keep * 10 / 64)) if keep > 1 + summary else 0
         index = select_tokens(salience, keep - contextual - summary)  # dominant
         dominant = gather_tokens(features, index)
-        parts, places = [self.summary, dominant], []
+        merged, places = [], []
         for picture, chosen in enumerate(index.tolist()):
             rest = [i for i in range(salience.shape[1]) if i not in set(chosen)]
             targets = rest[:: max(1, len(rest) // max(contextual, 1))][:contextual]
             others = [i for i in rest if i not in set(targets)]
             # As many patches as there are tokens; which token stands where is not kept.
             places.append(sorted(chosen + targets + others[:summary]))
-            parts.append(self.merged(features[picture], self.keys[picture], targets, others))
-        merged = torch.stack(parts[2:])
-        kept = torch.cat([self.summary, dominant, merged.to(features)], 1)
+            merged.append(self.merged(features[picture], self.keys[picture], targets, others))
+        kept = torch.cat([self.summary, dominant, torch.stack(merged).to(features)], 1)
         return kept, torch.tensor(places, device=index.device)
 
     def merged(self, x: Tensor, keys: Tensor, targets: list[int], others: list[int]) -> Tensor:
@@ -246,17 +227,17 @@ class PruMerge(Pruned):
     outliers, for the budget is given, and PruMerge+. Source: LLaVA-PruMerge (arXiv 2403.15388).
     """
 
-    places = False
+    has_places = False
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         tower = self.model.vision_tower
         with tower_calls(tower.layers[-1]) as calls:
             features, salience = super().encode(pixels)
         q, k = (torch.cat(calls[name]).transpose(1, 2).flatten(2) for name in ("queries", "keys"))
-        self.keys = self.per_token(k[:, tower.summary_tokens :])  # (images, n, C)
+        self.keys = self.model.merge_patches(k[:, tower.summary_tokens :])  # (images, n, C)
         if tower.summary_tokens:
             scores = (q[:, :1] @ k.mT / math.sqrt(k.shape[2])).softmax(-1)[:, 0]
-            salience = self.mean_per_token(scores[:, tower.summary_tokens :])
+            salience = self.model.merge_salience(scores[:, tower.summary_tokens :])
         return features, salience
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,10 +275,14 @@ class InsideCache(KVCache):
         super().__init__(layers, capacity)
         self.visual, self.stages, self.recycle = visual, stages, recycle
         self.raters = slice(-1, None)
-        everything = torch.arange(len(visual), device=visual.device)
+        self.reading = False
+        self.see_everything()
+
+    def see_everything(self) -> None:
+        """As before the first question: nothing is dropped."""
+        layers, everything = len(self.k), torch.arange(len(self.visual), device=self.visual.device)
         self.retrieved = [everything] * layers  # which of the visual rows a layer sees
         self.clusters: list[list[Tensor]] = [[] for _ in range(layers)]  # rows of each
-        self.reading = False
 
     def start_question(self) -> None:
         self.reading = len(self.stages) > 0 and all(
@@ -310,9 +295,8 @@ class InsideCache(KVCache):
     def truncate(self, length: int) -> None:
         super().truncate(length)
         if self.reading:  # the question failed: nothing was chosen
-            layers = len(self.k)
-            self.retrieved = [torch.arange(len(self.visual), device=self.visual.device)] * layers
-            self.clusters, self.reading = [[] for _ in range(layers)], False
+            self.see_everything()
+            self.reading = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.append(layer, k, v)
@@ -503,8 +487,8 @@ class MeanSalience(SparseVILA):
         with tower_calls(tower.layers[-1]) as calls:
             features, _ = super().encode(pixels)
         q, k = (torch.cat(calls[name]) for name in ("queries", "keys"))
-        salience, config = token_salience(q, k, 0)[:, tower.summary_tokens :], self.model.config
-        return features, merge_salience(salience, config.merge, by_columns=config.by_columns)
+        salience = token_salience(q, k, 0)[:, tower.summary_tokens :]
+        return features, self.model.merge_salience(salience)
 
 
 class SharedCache(RetrievalCache):

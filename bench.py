@@ -50,6 +50,12 @@ from tiny.evaluate import Method, find_needle, measure
 HERE = Path(__file__).resolve().parent
 
 
+def show_progress(done: int, total: int) -> None:
+    """How far a measurement is, on a line of standard error that is written over."""
+    end = "\n" if done == total else ""
+    print(f"\r{done} of {total}", end=end, file=sys.stderr, flush=True)
+
+
 def machine() -> str:
     """Processor, cores, torch and date, in one line."""
     name = platform.processor() or platform.machine()
@@ -401,6 +407,7 @@ class StaticStep:
                 each.filled[layer] = length
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write one row into every cache; attention over the last of them."""
         for cache, row in zip(self.caches, self.rows):
             cache.k[layer].index_copy_(2, row, k)
             cache.v[layer].index_copy_(2, row, v)
@@ -565,8 +572,7 @@ def speed(arguments: argparse.Namespace) -> dict:
             runs[name].append(run)
         if theirs:
             theirs.run(made["dense"])
-        print(f"\rround {number} of {arguments.runs}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        show_progress(number, arguments.runs)
     runs = {name: each[1:] for name, each in runs.items()}
     result = {
         "machine": machine(), "preset": arguments.preset, "precision": model.precision,
@@ -681,6 +687,7 @@ class Clock:
 
 
 def print_speed(result: dict) -> None:
+    """A table of the stages, and what follows from it."""
     dense, sparse = result["dense"], result["sparse"]
     print(result["machine"])
     print(
@@ -824,24 +831,19 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
         for protocol in ("evaluation", "conversation")
         for seed in range(seeds)
     ]
-    methods = []
-    for name, protocol, _ in jobs:
-        options = METHODS[name].options | {"protocol": protocol}
-        methods.append(METHODS[name]._replace(options=options))
-    firsts = [seed * each for _, _, seed in jobs]
-    tiny, counts, pictures = [str(HERE / "tiny")], [each], [(1, 4)]
+    arguments = []
+    for name, protocol, seed in jobs:
+        method = METHODS[name]._replace(options=METHODS[name].options | {"protocol": protocol})
+        arguments.append((method, str(HERE / "tiny"), each, (1, 4), seed * each))
     results: dict[str, dict] = {name: defaultdict(list) for name in names}
     with workers() as pool:
-        measured = pool.map(
-            measure, methods, tiny * len(jobs), counts * len(jobs), pictures * len(jobs), firsts
-        )
+        measured = pool.map(measure, *zip(*arguments))
         for done, ((name, protocol, _), values) in enumerate(zip(jobs, measured), 1):
             if protocol == "conversation":
                 values = {"later turns, conversation": values["later turns"]}
             for column, value in values.items():
                 results[name][column].append(value)
-            print(f"\r{done} of {len(jobs)} runs", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            show_progress(done, len(jobs))
     summary = {
         name: {c: [statistics.mean(v), statistics.stdev(v)] for c, v in columns.items()}
         for name, columns in results.items()
@@ -851,6 +853,7 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
 
 
 def print_accuracy(result: dict) -> None:
+    """A table of all methods, in Markdown."""
     print(result["machine"])
     print(
         f"{result['questions_of_each_kind']} questions of each kind, {result['seeds']} seeds: means"
@@ -920,8 +923,7 @@ def needle(names: list[str], clips: int) -> dict:
         for done, ((name, frames, _), values) in enumerate(zip(cells, found), 1):
             right[name][frames].append(values["right"])
             attended[name][frames].append(values["attended"])
-            print(f"\r{done} of {len(cells)} cells", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            show_progress(done, len(cells))
     return {
         "machine": machine(), "clips": clips, "lengths": LENGTHS, "depths": DEPTHS,
         "trained": TRAINED, "right": right,
@@ -930,6 +932,7 @@ def needle(names: list[str], clips: int) -> dict:
 
 
 def print_needle(result: dict) -> None:
+    """A table of lengths, in Markdown."""
     print(result["machine"])
     print(
         f"{result['clips']} clips for each length and depth; mean over depths (worst depth); "
@@ -953,16 +956,12 @@ def draw_needle(result: dict, file: str) -> None:
     for axes, name in zip([grid] if len(names) == 1 else grid, names):
         values = torch.tensor([result["right"][name][frames] for frames in lengths]).T
         image = axes.imshow(values.tolist(), vmin=0, vmax=100, cmap="Greys_r", aspect="auto")
-        for (row, column), value in zip(
-            itertools.product(*map(range, values.shape)), values.ravel()
-        ):
+        for row, column in itertools.product(*map(range, values.shape)):
+            value = values[row, column]
             shade = "black" if value > 55 else "white"
-            axes.text(
-                column, row, f"{value:.0f}", ha="center", va="center", color=shade, fontsize=10
-            )
-        axes.axvline(
-            lengths.index(result["trained"]) + 0.5, color="0.5", linewidth=3, linestyle=":"
-        )
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, size=10)
+        trained = lengths.index(result["trained"]) + 0.5
+        axes.axvline(trained, color="0.5", linewidth=3, linestyle=":")
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
         axes.set_xlabel("frames")
@@ -1054,6 +1053,7 @@ def positive(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options of the command line; `python bench.py --help` lists the commands."""
     parser = argparse.ArgumentParser(description="Measurements that a reader can repeat.")
     commands = parser.add_subparsers(dest="command", required=True)
     timing = commands.add_parser("speed", help="dense and sparse, stage by stage, random weights")
@@ -1072,19 +1072,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     timing.add_argument(
         "--versus", choices=["transformers"], help="beside Hugging Face's dense decoder"
     )
-    timing.add_argument("--figure", metavar="FILE", help="a picture of the stages")
-    timing.add_argument("--json", action="store_true", help="one JSON object as the last line")
     scoring = commands.add_parser("accuracy", help="all methods on the tiny model's unseen scenes")
     scoring.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     scoring.add_argument("--questions", type=positive, default=500, help="of each kind, in all")
     scoring.add_argument("--seeds", type=positive, default=5)
-    scoring.add_argument("--figure", metavar="FILE", help="accuracy against tokens attended")
-    scoring.add_argument("--json", action="store_true", help="one JSON object as the last line")
     finding = commands.add_parser("needle", help="a glyph in one frame of clips of growing length")
     finding.add_argument("--methods", nargs="+", choices=METHODS, default=list(NEEDLE_METHODS))
     finding.add_argument("--clips", type=positive, default=40, help="for each length and depth")
-    finding.add_argument("--figure", metavar="FILE", help="heat maps")
-    finding.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    for command in (timing, scoring, finding):
+        command.add_argument("--figure", metavar="FILE", help="draw the result")
+        command.add_argument("--json", action="store_true", help="one JSON object as the last line")
     loading = commands.add_parser("load", help="memory and time of loading 10^9 weights")
     loading.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     loading.add_argument("--folder", help=argparse.SUPPRESS)  # the process that is measured
@@ -1099,6 +1096,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line. Bad input ends it with one line on standard error and exit status 2."""
     arguments = parse_arguments(argv)
     try:
         run(arguments)
@@ -1110,6 +1108,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
     if getattr(arguments, "figure", None):
         check_figure(Path(arguments.figure))
     if arguments.command == "speed":
@@ -1143,7 +1142,7 @@ def check_figure(file: Path) -> None:
 
 
 def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Namespace) -> None:
-    """Print a result, draw it if asked, and end with its JSON if asked."""
+    """Print a result, then its JSON and a picture of it if asked."""
     show(result)
     if arguments.json:
         print(json.dumps(result), flush=True)

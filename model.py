@@ -57,16 +57,11 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        W, b = self.weight, self.bias
-        large = W.numel() >= 2**17 and not torch.is_grad_enabled()
-        if (
-            ONEDNN_LINEAR
-            and large
-            and W.device.type == "cpu"
-            and W.dtype == x.dtype == torch.float32
-        ):
-            return ONEDNN_LINEAR(x, W, b, "none", [], "")
-        return F.linear(x, W, b)
+        W = self.weight
+        on_cpu = W.device.type == "cpu" and W.dtype == x.dtype == torch.float32
+        if ONEDNN_LINEAR and on_cpu and W.numel() >= 2**17 and not torch.is_grad_enabled():
+            return ONEDNN_LINEAR(x, W, self.bias, "none", [], "")
+        return F.linear(x, W, self.bias)
 
 
 class QuickGELU(nn.Module):
@@ -893,9 +888,16 @@ class VLM(nn.Module):
         batches = pixels.split(self.ENCODE_BATCH)
         parts = [self.vision_tower(batch.to(self.device, self.dtype)) for batch in batches]
         features, salience = (torch.cat(part) for part in zip(*parts))
-        merge, by_columns = self.config.merge, self.config.by_columns
-        features = merge_patches(features, merge, by_columns=by_columns)
-        return features, merge_salience(salience, merge, by_columns=by_columns)
+        return self.merge_patches(features), self.merge_salience(salience)
+
+    def merge_patches(self, x: Tensor) -> Tensor:
+        """Rows of patches (images, patches, C) to rows of visual tokens, as this model merges
+        them."""
+        return merge_patches(x, self.config.merge, by_columns=self.config.by_columns)
+
+    def merge_salience(self, salience: Tensor) -> Tensor:
+        """Salience of patches (images, patches) to that of visual tokens (images, n)."""
+        return merge_salience(salience, self.config.merge, by_columns=self.config.by_columns)
 
     @torch.no_grad()
     def project(self, features: Tensor) -> Tensor:

@@ -100,11 +100,7 @@ def test_a_tensor_in_two_files(results, capsys):
 def test_the_files_are_what_the_script_makes():
     """Inputs and whatever is exact to the bit; float64 sums may be added up in another order."""
     manifest, recorded = expectations()
-    lab = Lab({})
-    cases = [
-        *vectors.attention_cases(lab), *vectors.choosing_cases(lab), *vectors.weight_cases(lab),
-        vectors.quantization_case(), vectors.retrieval_case(lab), vectors.session_case(),
-    ]  # fmt: skip
+    cases = list(vectors.all_cases())
     assert [case["operation"] for case in manifest] == [case.operation for case in cases]
     for written, case in zip(manifest, cases):
         assert written["inputs"].keys() == case.inputs.keys()

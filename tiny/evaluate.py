@@ -42,6 +42,18 @@ class Method(NamedTuple):
     decode_sparsity: float = 0.9
     options: dict = {}
 
+    def session(self, model_path: str, seed: int = 0) -> SparseVILA:
+        """A session with a checkpoint, each turn evicted unless told otherwise, on one thread of a
+        process of its own."""
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        return self.kind(
+            *load(model_path, device="cpu"),
+            prefill_sparsity=self.prefill_sparsity,
+            decode_sparsity=self.decode_sparsity,
+            **{"protocol": "evaluation"} | self.options,
+        )
+
 
 def parts(answer: str) -> tuple[str, str]:
     """The first word of an answer, and the rest."""
@@ -60,15 +72,7 @@ def measure(
     each number of pictures, from the `first` on. "entering" and "attended" are visual tokens of a
     picture, means over layers and questions: what a layer reads in prefill, and for every generated
     token."""
-    torch.set_num_threads(1)
-    torch.manual_seed(first)
-    kind, prefill, decode, options = method
-    session = kind(
-        *load(model_path, device="cpu"),
-        prefill_sparsity=prefill,
-        decode_sparsity=decode,
-        **{"protocol": "evaluation"} | options,
-    )
+    session = method.session(model_path, seed=first)
     right: dict[str, list[float]] = defaultdict(list)
     for number in range(len(pictures) * questions):
         frames = pictures[number // questions]
@@ -100,11 +104,7 @@ def find_needle(
 ) -> dict[str, float]:
     """Percentage of look-ups answered right about a glyph in frame `depth` of clips of so many
     frames, and visual tokens of a clip that a layer attends to."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    kind, prefill, decode, options = method
-    settings = {"prefill_sparsity": prefill, "decode_sparsity": decode} | options
-    session = kind(*load(model_path, device="cpu"), **settings)
+    session = method.session(model_path)
     right, attended = [], []
     for number in range(clips):
         rng = random.Random(f"needle {frames} {depth} {number}")

@@ -43,16 +43,19 @@ def attention_colsum(q, k, *, causal=False, scale=None, lse=None):
     return sums.float()
 
 
-def decode_attention(q, k, v, *, length=None, scale=None):
-    length = k.shape[2] if length is None else int(length)
-    k, v = k[:, :, :length], v[:, :, :length]
-    lse = _lse(q, k, False, scale)
+def _attention(q, k, v, causal, scale):
+    lse = _lse(q, k, causal, scale)
     heads = torch.arange(q.shape[1]) * k.shape[1] // q.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64)
-    for start, scores in _blocks(q, k, False, scale):
+    for start, scores in _blocks(q, k, causal, scale):
         values = v[:, heads, start : start + BLOCK].double()
         out += (scores - lse[..., None]).exp() @ values
     return out.to(q.dtype)
+
+
+def decode_attention(q, k, v, *, length=None, scale=None):
+    length = k.shape[2] if length is None else int(length)
+    return _attention(q, k[:, :, :length], v[:, :, :length], False, scale)
 
 
 def gather_tokens(x, index):
@@ -155,10 +158,4 @@ class RetrievalCache:
             gone = set(self.visual.tolist()) - kept
             rows = [n for n in range(keys.shape[2]) if n not in gone]
             keys, values = keys[:, :, rows], values[:, :, rows]
-        lse = _lse(q, keys, True, None)
-        heads = torch.arange(q.shape[1]) * k.shape[1] // q.shape[1]
-        out = torch.zeros(q.shape, dtype=torch.float64)
-        for start, scores in _blocks(q, keys, True, None):
-            block = values[:, heads, start : start + BLOCK].double()
-            out += (scores - lse[..., None]).exp() @ block
-        return out.to(q.dtype)
+        return _attention(q, keys, values, True, None)

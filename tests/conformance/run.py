@@ -23,21 +23,21 @@ def run_cache(
     cache.visual = inputs["visual"]
     results = {}
     for stage, M in stages:
-        kind, _, turn = stage.partition("_")
-        if kind == "truncate":
+        what, _, turn = stage.partition("_")
+        if what == "truncate":
             cache.truncate(M)
             continue
-        if kind == "question":
+        if what == "question":
             cache.start_question()
         steps = []
-        for rows in [slice(i, i + 1) for i in range(M)] if kind == "answer" else [slice(0, M)]:
+        for rows in [slice(i, i + 1) for i in range(M)] if what == "answer" else [slice(0, M)]:
             outs = []
             for layer in range(layers):
-                q, k, v = (inputs[f"{stage}_{what}"][layer][None, :, rows] for what in "qkv")
+                q, k, v = (inputs[f"{stage}_{name}"][layer][None, :, rows] for name in "qkv")
                 outs.append(cache.attend(layer, q.contiguous(), k.contiguous(), v.contiguous()))
             steps.append(torch.cat(outs))
         results[f"{stage}_out"] = torch.cat(steps, 2)
-        if kind == "question":
+        if what == "question":
             cache.start_answer()
             results[f"relevance_{turn}"] = torch.stack(list(cache.relevance))
             results[f"retrieved_{turn}"] = torch.stack(list(cache.retrieved))

@@ -1,10 +1,8 @@
 """`pytest tests/conformance [--impl MODULE_OR_FILE]`: see README.md in this folder."""
 
-from dataclasses import replace
-
 import pytest
 
-from .checks import CHECKS
+from .checks import CHECKS, in_every_dtype
 
 CASES = [(operation, check) for operation, group in CHECKS.items() for check in group]
 
@@ -15,12 +13,6 @@ CASES = [(operation, check) for operation, group in CHECKS.items() for check in 
 def test_conformance(lab, operation, check):
     if operation not in lab.operations:
         pytest.skip(f"{operation} not provided")
-    refused = []
-    for dtype in lab.dtypes:  # apart, so that one that is refused hides nothing in the others
-        try:
-            check(replace(lab, dtypes=(dtype,)))
-        except NotImplementedError as error:
-            assert "not implemented for '" not in str(error), f"{dtype}: {error}"  # torch's own
-            refused.append(f"{dtype}: {error}")
+    refused = in_every_dtype(check, lab)
     if len(refused) == len(lab.dtypes):
         pytest.skip(f"{operation} not provided in part: {refused[0]}")

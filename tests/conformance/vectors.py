@@ -310,17 +310,19 @@ def session_case() -> Case:
 # --- files ----------------------------------------------------------------------------------------
 
 
+def all_cases() -> Iterator[Case]:
+    lab = Lab({})
+    yield from attention_cases(lab)
+    yield from choosing_cases(lab)
+    yield from weight_cases(lab)
+    yield quantization_case()
+    yield retrieval_case(lab)
+    yield session_case()
+
+
 def write(folder: Path = FOLDER) -> None:
     tensors, manifest, counts = {}, [], {}
-    lab = Lab({})
-    for case in (
-        *attention_cases(lab),
-        *choosing_cases(lab),
-        *weight_cases(lab),
-        quantization_case(),
-        retrieval_case(lab),
-        session_case(),
-    ):
+    for case in all_cases():
         number = counts[case.operation] = counts.get(case.operation, -1) + 1
         prefix = f"{case.operation}/{number}"
 
