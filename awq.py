@@ -12,11 +12,12 @@
 A weight is rounded to one of 16 values, (code - zero) * scale, with a scale and a zero for every
 group of `group_size` inputs. AWQ (Lin et al., arXiv 2306.00978) makes rounding hurt less: an input
 channel with large activations is multiplied by s > 1 in the weight matrix, where it is rounded
-relatively finer, and divided by s in whatever produces the activation. Every s comes from a search
-that compares the layer's output before and after rounding.
+relatively finer, and divided by s in whatever produces the activation (a *fold*). Every s comes
+from a search that compares the layer's output before and after rounding.
 
-Axes: M rows of activations, K inputs and N outputs of a Linear, g group size, T calibration rows.
-A Linear's weight is (N, K), as in PyTorch; the packed tensors are (K, N), as in the files.
+Axes: M rows of activations, K inputs and N outputs of a Linear, g group size, T rows of a
+calibration turn, S splits of K, E decoder width, V visual tokens. A Linear's weight is (N, K), as
+in PyTorch; the packed tensors are (K, N), as in the files.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ CPU_INT4_ROWS = 64  # on a CPU, with at most so many bfloat16 rows: PyTorch's ow
 def quantize_groups(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """Round every group of weights to 16 evenly spaced values.
 
-        scale = (max(w, 0) - min(w, 0)) / 15, rounded to float16
+        scale = max(max(w, 0) - min(w, 0), 1e-5) / 15, rounded to float16
         zero  = round(-min(w, 0) / scale), at most 15
         code  = clamp(round(w / scale) + zero, 0, 15)
 
-    so that (code - zero) * scale is within scale / 2 of every w that it can reach, and 0 stays 0.
+    so that (code - zero) * scale is the nearest of 16 values to w, and 0 stays 0.
 
     Args:
         weight: (N, K), any floating dtype; the arithmetic is float32.
@@ -68,9 +69,9 @@ def quantize_groups(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tens
 
     Returns: codes (N, K) int8 in [0, 15], scales (N, K / g) float16, zeros (N, K / g) int8 in
     [0, 15].
-    Raises: ValueError for other shapes, NaN or infinite weights, and ranges that float16 cannot
-    hold. Source: AWQ's pseudo-quantiser; the range always includes 0, else a group on one side of
-    it would collapse.
+    Raises: ValueError for other shapes and group sizes, NaN or infinite weights, and scales beyond
+    float16. Source: AWQ's pseudo-quantiser; the range always includes 0, else a group of one sign
+    would collapse.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(
@@ -114,7 +115,8 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """int32 words (rows, N / 8) to codes (rows, N) int8: the inverse of `pack`."""
+    """int32 words (rows, N / 8) to codes (rows, N) int8: the inverse of `pack`. Raises: ValueError
+    for anything else."""
     if packed.dim() != 2 or packed.dtype != torch.int32:
         raise ValueError(f"packed must be int32 (rows, N / 8), got {packed.dtype} {packed.dim()}-d")
     nibbles = packed[..., None] >> _shifts(packed) & 0xF  # the mask removes the sign's bits
@@ -145,6 +147,7 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     Returns: (K, N) float16. The difference is exact and the product is rounded once, so that any
     two correct implementations agree bit for bit.
     Raises: ValueError for other dtypes and shapes, naming another layout where it is recognised.
+    Source: AutoAWQ's "gemm" format.
     """
     K, _, group = _check_packed(qweight, qzeros, scales)
     if _on_triton(qweight) and _block_k(K, group):
@@ -391,7 +394,7 @@ def w4a16_matmul(
     few = 0 < len(rows) <= DEQUANTIZE_ROWS
     if _on_triton(x) and few and x.dtype != torch.float32 and _block_k(K, g):
         y = _w4a16_matmul_triton(rows, qweight, qzeros, scales, bias)
-    elif _fits_cpu_int4(rows, N, g) and not qweight.is_inference():  # those have no version
+    elif _fits_cpu_int4(rows, N, g) and not qweight.is_inference():  # these count no versions
         y = _cpu_int4_matmul(rows, qweight, qzeros, scales)
         y = y if bias is None else y + bias
     else:
@@ -494,7 +497,8 @@ class W4A16Linear(_Packed):
     """A Linear with packed four-bit weights. x (..., K) -> (..., N).
 
     Buffers: qweight, qzeros and scales as for `dequantize`. Whatever dtype the module is cast to,
-    they stay int32 and float16; only the bias is cast.
+    they stay int32 and float16; only the bias is cast. Raises: ValueError unless 8 divides N and
+    the group size K.
     """
 
     def __init__(self, K: int, N: int, group_size: int = 128, bias: bool = False, device=None):
@@ -532,8 +536,9 @@ class W8A8Linear(_Packed):
         x_scale[m] = max_k |x[m, k]| / 127,    weight_scale[n] = max_k |W[n, k]| / 127
         y[m, n] = x_scale[m] * weight_scale[n] * sum_k round(x / x_scale) * weight + bias[n]
 
-    The sum is exact, in int32. Buffers: weight (N, K) int8 and weight_scale (N,) float32.
-    Source: SmoothQuant (arXiv 2211.10438), weights per channel, activations per token.
+    with maxima of at least 1e-5. The sum is exact, in int32. Buffers: weight = round(W /
+    weight_scale) (N, K) int8, and weight_scale (N,) float32. Raises: ValueError unless 8 divides K
+    and N. Source: SmoothQuant (arXiv 2211.10438), weights per channel, activations per token.
     """
 
     def __init__(self, K: int, N: int, bias: bool = False, device=None):
@@ -546,7 +551,8 @@ class W8A8Linear(_Packed):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> W8A8Linear:
-        """Round a Linear's weights to int8. Raises: ValueError for NaN or infinite weights."""
+        """Round a Linear's weights to int8. Raises: ValueError for NaN or infinite weights, and for
+        sizes that the class refuses."""
         N, K = linear.weight.shape
         if not linear.weight.isfinite().all():
             raise ValueError("weights must be finite, got NaN or infinity")
@@ -580,7 +586,7 @@ def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # --- AWQ ------------------------------------------------------------------------------------------
 
-Inputs = list[tuple]  # the arguments of every call of a module; the first is what is multiplied
+Inputs = list[tuple]  # the arguments of every call of a module; the first of them is x
 
 
 @torch.no_grad()
@@ -595,7 +601,8 @@ def search_scale(
 ) -> Tensor:
     """The factors s (K,) on the input channels of some Linears that rounding hurts least.
 
-        s = mean |x|^alpha / sqrt(max s * min s),    alpha in 0, 1 / grid, ..., 1 - 1 / grid
+        a = max((mean |x|)^alpha, 1e-4),    alpha in 0, 1 / grid, ..., 1 - 1 / grid
+        s = a / sqrt(max a * min a)
         loss(alpha) = mean (module(x) - module(x) with weights rounded(W * s) / s)^2
 
     The smallest loss wins, alpha = 0 (s = 1, round to nearest) comes first, and only a smaller loss
@@ -605,10 +612,13 @@ def search_scale(
         module: whose output is compared; it is called with the recorded arguments.
         linears: the Linears in it that read the same input x, (N, K) each.
         inputs: the arguments of its calls; the first is x, (..., K).
+        group_size: as in `quantize_groups`.
+        grid: how many alphas are tried.
         heads: (query heads per key head, head size) if x comes from key/value heads, each of which
             feeds several query heads: they must share their factors.
 
-    Raises: ValueError for NaN in the inputs or the outputs. The weights are left as they were.
+    Returns: s (K,) float32; the weights are left as they were.
+    Raises: ValueError for NaN in the inputs or the outputs.
     Source: AWQ, section 3.2, without weight statistics ("duo scaling" off).
     """
     rows = sum(args[0].shape[:-1].numel() for args in inputs)
@@ -688,8 +698,8 @@ def fold(
     producer: nn.Module, consumers: list[nn.Linear], s: Tensor, heads: tuple[int, int] = (1, 1)
 ) -> None:
     """Divide the outputs of a norm or Linear by s and multiply what reads them, (N, K) each, by s
-    (K,); together they compute what they did. `heads` as in `search_scale`: of s, (key heads, query
-    heads per key head, head size), the producer's outputs get the first of each key head. Raises:
+    (K,); together they compute what they did. With `heads` (see `search_scale`) s repeats for the
+    query heads of a key head; the producer makes key heads and takes the first of each. Raises:
     ValueError for a norm without weights."""
     if producer.weight is None:
         raise ValueError(f"a norm must have weights to be divided, got {producer}")
@@ -725,7 +735,8 @@ def quantize(
         batches: calibration rows, what `model(...)` takes: embeddings (1, T, E) as `VLM.embed`
             makes them, visual rows among them.
         group_size: as in `quantize_groups`; divides the inputs of every Linear.
-        grid, clip: grid=1, clip=False is round to nearest.
+        grid, clip: how many alphas `search_scale` tries; whether `search_clip` runs. With 1 and
+            False every weight is rounded to nearest.
         on_block: called with (blocks done, blocks).
 
     Raises: ValueError for no batches, NaN in weights or activations, sizes that do not fit. The
@@ -857,7 +868,7 @@ def smooth(
 ) -> Tensor:
     """Move the outliers of activations into the weights, where they cost less, and fold:
 
-        s_j = largest_j^alpha / (max over the Linears of |W[:, j]|)^(1 - alpha)
+        s_j = largest_j^alpha / (max over the Linears of |W[:, j]|)^(1 - alpha)    (both >= 1e-5)
 
     norm: the LayerNorm that produces the activations; linears: all that read them; largest (K,):
     the largest |x_j| seen in calibration. Returns s (K,). Raises: ValueError for NaN.
@@ -881,7 +892,8 @@ def quantize_tower(
     tower: `layers` of pre-norm blocks named as `model.VisionBlock`; batches: pixels as it takes
     them. Smoothed are the inputs of queries, keys and values and of the first MLP layer; alpha None
     does not smooth. The patch embedding, positions and norms stay as they are.
-    Raises: ValueError for no batches and for NaN. The tower is then quantised in part.
+    Raises: ValueError for no batches, for NaN, and for sizes that 8 does not divide. The tower is
+    then quantised in part.
     """
     largest: dict[nn.Module, Tensor] = {}  # by norm: the largest |output| of each channel
 
@@ -1131,8 +1143,8 @@ def _time(calls: list[Callable], gpu: bool) -> float:
 
 def benchmark() -> None:
     """Time `w4a16_matmul` beside the library's half-precision matmul, and the bound: the bytes of
-    the packed weights, x and y over the measured copy bandwidth. Weights change from call to call,
-    so that no cache holds them. The last line of the output is one JSON object."""
+    the packed weights, x and y over the measured copy bandwidth. On a GPU weights change from call
+    to call, so that no cache holds them. The last line of the output is one JSON object."""
     gpu = torch.cuda.is_available()
     new = {"device": "cuda" if gpu else "cpu", "dtype": torch.float16 if gpu else torch.bfloat16}
     big = torch.empty(2**29 if gpu else 2**26, **new)

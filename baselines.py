@@ -10,11 +10,11 @@
 
 `prefill_sparsity` says how many tokens a method may keep: keep_count(n, sparsity) of n. Where a
 definition cannot give that number exactly, `session.stats` and `Answer.retrieved` have what came
-out (SparseVLM's cluster means come on top). But for SparseVILA and its variants what is dropped is
-lost for every later question, and decoding reads all that is left.
+out (SparseVLM's cluster means come on top). Except in SparseVILA and its variants what is dropped
+is lost for every later question, and decoding reads all that is left.
 
-Definitions follow the papers and their public code; each class names its own. Axes as in
-sparsevila.py; T tower tokens, summary token included.
+Definitions follow the papers that a class names and their public code; the others are ours. Axes as
+in sparsevila.py; T tower tokens, summary token included.
 """
 
 import math
@@ -31,8 +31,8 @@ from sparsevila import Answer, Dense, RetrievalCache, SparseVILA, keep_count, se
 
 
 class Other(SparseVILA):
-    """A method with a choice of its own: always per picture. Raises: ValueError for settings that
-    it would ignore."""
+    """A method with a choice of its own: always per picture. `decode_sparsity` means nothing to it.
+    Raises: ValueError for another scope, and for original positions where tokens have none."""
 
     has_places = True  # every token it keeps has a place in the picture
 
@@ -84,8 +84,8 @@ class Uniform(Pruned):
 
 
 class Pool(Pruned):
-    """Means of k x k blocks of features, k chosen for about the budget; each stands at the first
-    patch of its block."""
+    """Means over a k x k grid of blocks, k = round(sqrt(budget)); each stands at the first patch of
+    its block."""
 
     def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
         side = math.isqrt(salience.shape[1])  # of a square of tokens
@@ -163,9 +163,9 @@ class VisionZip(Pruned):
 
     The rest's every so many-th is a target; each other token joins the target whose key, the mean
     over heads, is most similar; a target becomes itself plus the mean of those that joined it.
-    Without a class token, dominant are those that receive most attention from all. Contextual are a
-    sixth of the budget, as in the paper (54 : 10). `average` halves a contextual token, which else
-    is twice as long as the others. `last_layer` takes the attention from where SparseVILA does.
+    Without a class token, dominant are those that receive most attention from all. Of 64 tokens 10
+    are contextual, as in the paper. `average` halves a contextual token, whose norm is else about
+    twice that of the others. `last_layer` takes the attention from where SparseVILA does.
     The smallest budgets degenerate: of three tokens one is the class token, one dominant, one
     contextual. Source: VisionZip (arXiv 2412.04467).
     """
@@ -179,9 +179,10 @@ class VisionZip(Pruned):
         with tower_calls(tower.layers[max(tower.feature_layer - 1, 0)]) as calls:
             features, salience = super().encode(pixels)
         q, k, out = (torch.cat(calls[name]) for name in ("queries", "keys", "outputs"))
-        self.keys = self.model.merge_patches(k.mean(1)[:, tower.summary_tokens :])  # (images, n, D)
+        # (images, n, merge^2 D), and the class token (images, 1 or 0, C)
+        self.keys = self.model.merge_patches(k.mean(1)[:, tower.summary_tokens :])
         none = features[:, :0]  # without a class token a token may be wider than the tower
-        self.summary = out[:, :1] if tower.summary_tokens else none  # (images, 1 or 0, C)
+        self.summary = out[:, :1] if tower.summary_tokens else none
         if not self.last_layer:
             salience = self.model.merge_salience(token_salience(q, k, tower.summary_tokens))
         return features, salience
@@ -234,7 +235,7 @@ class PruMerge(Pruned):
         with tower_calls(tower.layers[-1]) as calls:
             features, salience = super().encode(pixels)
         q, k = (torch.cat(calls[name]).transpose(1, 2).flatten(2) for name in ("queries", "keys"))
-        self.keys = self.model.merge_patches(k[:, tower.summary_tokens :])  # (images, n, C)
+        self.keys = self.model.merge_patches(k[:, tower.summary_tokens :])  # (images, n, merge^2 C)
         if tower.summary_tokens:
             scores = (q[:, :1] @ k.mT / math.sqrt(k.shape[2])).softmax(-1)[:, 0]
             salience = self.model.merge_salience(scores[:, tower.summary_tokens :])
@@ -263,8 +264,8 @@ class InsideCache(KVCache):
 
     stages: {layer: keep}: when this layer has attended, the `keep` visual rows with the highest
     attention from the `raters` (rows of the question), a mean over them and the heads, stay for the
-    layers that follow. recycle: of those dropped, the best three tenths are put in clusters of ten,
-    and the clusters' mean keys and values stay as well.
+    layers that follow. recycle: of those dropped, the best three tenths are put in clusters, one
+    for every ten, and the clusters' mean keys and values stay as well.
 
     In the papers pictures and question are read together, so that what stays has not seen what was
     dropped before it; here the pictures were read before the question, which is kinder.
@@ -316,9 +317,9 @@ class InsideCache(KVCache):
 
     def drop(self, layer: int, q: Tensor, keys: Tensor, rows: Tensor) -> None:
         """Choose for the layers that follow, by the attention of the raters among the question's
-        rows q to keys, rows of the cache."""
+        rows q (1, H, M, D) to keys (1, G, N, D), which are `rows` (N,) of the cache."""
         lse = attention_lse(q, keys, causal=True)[:, :, self.raters]  # of all that a rater sees
-        received = attention_colsum(q[:, :, self.raters], keys, lse=lse).mean((0, 1))  # (rows,)
+        received = attention_colsum(q[:, :, self.raters], keys, lse=lse).mean((0, 1))  # (N,)
         old = self.retrieved[layer]
         scores = received[torch.isin(rows, self.visual)]
         stay = select_tokens(scores, min(self.stages[layer], len(old)))
@@ -336,7 +337,8 @@ class InsideCache(KVCache):
 
 
 def density_peaks(x: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
-    """Cluster numbers (m,) of points x (m, size): centres are dense and far from all denser."""
+    """Cluster numbers (m,) of points x (m, size); centres have the largest density times distance
+    to a denser point. Source: SparseVLM."""
     x = x.float()
     distance = torch.cdist(x, x) / math.sqrt(x.shape[1])
     near = distance.topk(min(neighbours, len(x)), largest=False).values
@@ -350,8 +352,8 @@ def density_peaks(x: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
 
 class FastV(Other):
     """Layers up to `after` see everything, the others the tokens that the prompt's last row attends
-    to most in layer `after`. Chosen for the first question, for good. Source: FastV (arXiv
-    2403.06764), K = 2."""
+    to most in layer `after`. Chosen for the first question, for good. Raises: ValueError for
+    decoders of no more layers. Source: FastV (arXiv 2403.06764), whose K is `after`."""
 
     after = 2
 
@@ -422,14 +424,16 @@ class WatchedCache(KVCache):
 
 
 class Watched(Dense):
+    """The dense model, its attention watched."""
+
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
         return WatchedCache(self.model.config.text.layers, capacity, visual)
 
 
 class FirstTurnOracle(Pruned):
-    """Prunes to the tokens that the dense model attends to most while it gives the first answer,
-    which must be known for that: no choice made before the decoder could know the first question
-    better. Chosen once, for good."""
+    """Prunes to the tokens that the dense model attends to most in its first answer (which is run
+    for that): no choice made before the decoder could know the first question better. Chosen once,
+    for good."""
 
     received: Tensor | None = None
 
@@ -462,6 +466,8 @@ class FirstTurnOracle(Pruned):
 
 
 class RandomCache(RetrievalCache):
+    """See `RandomRetrieval`."""
+
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.rand(len(self.visual), device=q.device)
 
@@ -492,6 +498,8 @@ class MeanSalience(SparseVILA):
 
 
 class SharedCache(RetrievalCache):
+    """See `OneIndexSet`."""
+
     def start_answer(self) -> None:
         self.relevance = [torch.stack(self.relevance).mean(0)] * len(self.relevance)
         super().start_answer()
@@ -504,6 +512,8 @@ class OneIndexSet(SparseVILA):
 
 
 class VisualSoftmaxCache(RetrievalCache):
+    """See `VisualSoftmax`."""
+
     def score(self, q: Tensor, k: Tensor) -> Tensor:
         received = attention_colsum(q, k[:, :, self.visual])[0].sum(0)  # (V,)
         return received / (q.shape[1] * q.shape[2])
@@ -516,6 +526,8 @@ class VisualSoftmax(SparseVILA):
 
 
 class ReselectCache(RetrievalCache):
+    """See `Reselect`."""
+
     every = 8
 
     def start_answer(self) -> None:

@@ -9,7 +9,7 @@
 
 `versus` and `speed --versus transformers` need transformers installed, `--figure` matplotlib. To
 see the stages of a model, dense and sparse, give the folder to `python sparsevila.py --model
-FOLDER`.
+FOLDER`. Axes as in model.py.
 """
 
 import argparse
@@ -91,7 +91,7 @@ SMOLVLM_TEXT = {
 
 def make(preset: str, folder: Path, seed: int = 0) -> None:
     """Write a SmolVLM of random weights, in float32, with a tokenizer of single bytes. Raises:
-    FileExistsError for a folder that is there."""
+    OSError for a folder that is there or cannot be made."""
     folder.mkdir()
     text = SMOLVLM_TEXT[preset] | {
         "model_type": "llama", "vocab_size": 49280, "rms_norm_eps": 1e-5, "rope_theta": 100000,
@@ -145,7 +145,7 @@ def hub_name(name: str) -> str:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A byte is a token; the special tokens have SmolVLM's ids, nothing has those between."""
+    """A byte is a token; the special tokens have SmolVLM's ids, unused words those between."""
     words = [*SMOLVLM_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"<unused_{n}>" for n in range(49152 - len(words))]
     tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
@@ -214,7 +214,7 @@ def load_large(dtype: str | None) -> None:
 
 
 def load_and_report(folder: str, dtype: str | None) -> None:
-    """Load, run one token through every weight, and print one JSON object."""
+    """Load, run one token through the decoder, and print one JSON object."""
     before = _peak()
     began = time.perf_counter()
     model = VLM.from_pretrained(
@@ -537,18 +537,19 @@ def leave_out_tower(model: VLM, pictures: int, n: int) -> None:
 
 
 def speed(arguments: argparse.Namespace) -> dict:
-    """Dense and sparse in turn on one random model; prints a table and returns the figures."""
+    """Dense and sparse in turn on one random model: the figures of `python bench.py speed`. Raises:
+    ValueError for options that mean nothing."""
     config, pictures, tokens_each = PRESETS[arguments.preset]
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
-    N = arguments.answer_tokens
+    answer_tokens = arguments.answer_tokens
     settings = {
         "prefill_sparsity": arguments.prefill_sparsity,
         "decode_sparsity": arguments.decode_sparsity,
     }
     for name, sparsity in settings.items():
         check_sparsity(name, sparsity)
-    if N < 2:
+    if answer_tokens < 2:
         raise ValueError("--answer-tokens must be at least 2, for there to be a decoding step")
     if arguments.versus and arguments.quantised:
         raise ValueError("--versus compares weights that are not quantised: leave out --quantised")
@@ -565,7 +566,7 @@ def speed(arguments: argparse.Namespace) -> dict:
     runs: dict[str, list[dict]] = {name: [] for name in kinds}
     theirs = Transformers(model, script, pictures * n) if arguments.versus else None
     for number in range(arguments.runs + 1):
-        tokens = N if number else 2  # the first round warms up
+        tokens = answer_tokens if number else 2  # the first round warms up
         made = {}
         for name, kind in kinds.items():
             run, made[name] = run_once(kind(model, script, **settings), pictures, tokens)
@@ -576,15 +577,17 @@ def speed(arguments: argparse.Namespace) -> dict:
     runs = {name: each[1:] for name, each in runs.items()}
     result = {
         "machine": machine(), "preset": arguments.preset, "precision": model.precision,
-        "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS, "answer_tokens": N,
-        "runs": arguments.runs, "tower": not tokens_each, **settings,
+        "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
+        "answer_tokens": answer_tokens, "runs": arguments.runs, "tower": not tokens_each,
+        **settings,
     }  # fmt: skip
-    result |= summarise(runs, N, decoder_bytes(model), bandwidth)
+    result |= summarise(runs, answer_tokens, decoder_bytes(model), bandwidth)
     return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
 
 
 def summarise(runs: dict[str, list[dict]], tokens: int, weights: int, bandwidth: float) -> dict:
-    """Medians with the least and the most, and what follows from the medians."""
+    """Medians with the least and the most, and what follows from the medians. weights: bytes;
+    bandwidth: bytes per millisecond."""
     spread = {
         name: {
             key: [f(run[key] for run in each) for f in (statistics.median, min, max)]
@@ -802,6 +805,7 @@ METHODS = {
     },
     **{f"SparseVILA, {name}": method for name, method in ABLATIONS.items()},
 }
+# Visual tokens of 100 that a layer reads in prefill and per generated token; then per cent right.
 COLUMNS = (
     "entering", "attended", "color", "digit", "place", "first word", "later words", "first turn",
     "later turns", "later turns, conversation", "count", "frame",

@@ -12,8 +12,9 @@ the scores leaves each row's log-sum-exp, a second pass adds exp(score - lse) in
 
 For every operation `<name>` there is a `<name>_reference`, its definition in plain PyTorch, and a
 Triton kernel. `<name>` checks its arguments and dispatches: tensors on a CUDA device go to the
-kernel, all others to the reference (also where triton is not installed). With TRITON_INTERPRET=1 in
-the environment the kernels run on the CPU, one program after the other, for tests and debuggers.
+kernel (heads of up to MAX_HEAD_DIM), all others to the reference (also where triton is missing).
+With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, one program after the other,
+for tests and debuggers.
 
 The kernels use no atomics: every output element is written by one program, which adds in a fixed
 order, so that the same input gives the same bits every time.
@@ -262,8 +263,8 @@ def attention_lse(
 
     Returns: (B, H, M) float32, natural logarithm.
     Raises: ValueError for shapes, dtypes or devices that do not fit together.
-    Cost: 2 B H M N D FLOPs (half if causal and M = N); reads q and k, every key tile once for the
-    H/G heads of its group and a block of rows.
+    Cost: 2 B H M N D FLOPs (half if causal and M = N); reads q once, and k once per block of rows,
+    for all H/G heads of a group.
     Source: first pass of the paper's Algorithm 2 kernel.
     """
     _check_heads(q, k)
@@ -386,8 +387,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         index: (B, K) int64 on the same device, each in [0, N); the heads of a batch entry share it.
 
     Returns: (B, K, E) or (B, G, K, D), contiguous; no gradients flow through it.
-    Raises: ValueError for other ranks, dtypes or devices, and for an index outside [0, N) (to find
-    one, a GPU must be waited for).
+    Raises: ValueError for shapes, dtypes or devices that do not fit, and for an index outside [0,
+    N) (to find one, a GPU must be waited for).
     Cost: K rows read and written. Expected on an H200 (4.8 TB/s): 16384 rows of 4 heads, D = 128,
     float16, are 17 MB read and 17 MB written, 7 us. Not measured yet.
     Source: the compaction step of Algorithms 2 and 3.
@@ -397,7 +398,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`gather_tokens` of keys and values (B, G, N, D) with one index (B, K), in one launch."""
+    """`gather_tokens` of keys and values (B, G, N, D) with one index (B, K), in one launch: two
+    tensors (B, G, K, D). Raises: ValueError as there, and for values unlike the keys."""
     _check_values(k, v)
     _check_index(k, index)
     k, v = _gather([k, v], index)
@@ -548,9 +550,9 @@ def decode_attention(
         q: (B, H, 1, D), float32, float16 or bfloat16; any strides.
         k, v: buffers (B, G, capacity, D), same dtype and device; G divides H. Rows from `length` on
             are never read.
-        length: int, or a 0-d integer tensor on the same device, which is not checked there (a GPU
-            would have to be waited for), so that a CUDA graph can replay the step while it grows;
-            the whole buffer if None.
+        length: int, or a 0-d integer tensor on the same device; the whole buffer if None. On a GPU
+            the tensor's value is not checked (that would mean to wait for it), so that a CUDA graph
+            can replay the step while it grows.
         scale: factor on the scores; D**-0.5 if None.
 
     Returns: (B, H, 1, D) of q's dtype.
@@ -700,8 +702,8 @@ SHAPES = (
     + [
         ("SigLIP 448, 256 frames, vision", 256, 16, 16, 1024, 1024, 72, False),
         ("Qwen2-7B, 256 frames, question", 1, 28, 4, 64, 16384, 128, True),
-        ("Qwen2.5-VL-7B, 1080p, vision", 1, 16, 16, 10640, 10640, 80, False),
-        ("Qwen2.5-VL-7B, 1080p, question", 1, 28, 4, 64, 665, 128, True),
+        ("Qwen2.5-VL-7B, 1960 x 1064, vision", 1, 16, 16, 10640, 10640, 80, False),
+        ("Qwen2.5-VL-7B, 1960 x 1064, question", 1, 28, 4, 64, 665, 128, True),
         ("SmolVLM-256M, 17 tiles, vision", 17, 12, 12, 1024, 1024, 64, False),
         ("SmolVLM-256M, 17 tiles, question", 1, 9, 3, 64, 272, 64, True),
     ]
@@ -798,9 +800,10 @@ def _time_cache(new: dict, gpu: bool) -> Iterator[Row]:
 
 
 def benchmark() -> None:
-    """Time every operation beside naive PyTorch, flash-colreduce if it is installed, and its bound:
-    the larger of the bytes it must move over the measured copy bandwidth and the FLOPs it must do
-    over the measured matmul rate. The last line of the output is one JSON object."""
+    """Time `attention_colsum`, `decode_attention` and `gather_keys_values` beside naive PyTorch,
+    flash-colreduce if it is installed, and their bounds: the larger of the bytes it must move over
+    the measured copy bandwidth and the FLOPs it must do over the measured matmul rate. The last
+    line of the output is one JSON object."""
     gpu = torch.cuda.is_available()
     new = {"device": "cuda", "dtype": torch.float16} if gpu else {"dtype": torch.float32}
     bandwidth, rate = _peaks(new, gpu)

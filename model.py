@@ -5,8 +5,9 @@
 * `VisionTower`  CLIP (with a class token) and SigLIP: pre-norm blocks, learned positions. Beside
                  patch features it returns each patch's *salience*: the attention it receives.
 * `Projector`    from the tower's width, or that of a block of merged patches, to the decoder's.
-* `Decoder`      Llama and Qwen2: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Its
-                 attention calls `cache.attend(layer, q, k, v)` and knows no more of what is cached.
+* `Decoder`      Llama, Mistral and Qwen2: RMSNorm, rotary positions, grouped-query attention,
+                 SwiGLU. Its attention calls `cache.attend(layer, q, k, v)` and knows no more of
+                 what is cached.
 * `KVCache`      the dense cache. SparseVILA's retrieval (sparsevila.py) is a subclass of it, and so
                  may your own method be: the decoder stays as it is.
 * `VLM`          the three together: encode, project, embed, forward, generate, from_pretrained.
@@ -17,7 +18,7 @@ Families, in their own files' layout: LLaVA-1.5 (arXiv 2310.03744); SmolVLM and 
 
 Axes: B batch (1 wherever there is a cache), T tokens, E decoder width, C tower width, H query
 heads, G key/value heads (G divides H), D head size, M query rows, N key rows, V visual tokens,
-L decoder layers, S edge of the tower's square pictures.
+L decoder layers, S edge of the tower's square pictures, n visual tokens of one of them.
 """
 
 import json
@@ -49,7 +50,7 @@ ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Linear(nn.Linear):
-    """x (..., K) -> x W^T + b (..., N).
+    """x (..., inputs) -> x W^T + b (..., outputs).
 
     In float32 on a CPU nn.Linear calls MKL. On AMD's processors that is half as fast as oneDNN, and
     with a single row, where reading W takes all the time, it runs on one core. A call of oneDNN
@@ -148,7 +149,8 @@ FAMILIES = {
     "nvila": ("VILA", "siglip_vision_model"),
     "nvila_lite": ("VILA", "siglip_vision_model"),
 }
-# Projectors by name: how many patches, along each side, are merged into one visual token.
+# Projectors by name: how many patches, along each side, make a visual token ("linear" is SmolVLM's
+# too, whose files name the number).
 PROJECTORS = {
     "linear": 1,
     "mlp2x_gelu": 1,
@@ -180,8 +182,8 @@ class Config:
         return math.ceil(math.isqrt(self.vision.patches) / self.merge) ** 2
 
     def token_boxes(self, edge: int) -> list[tuple[int, int, int, int]]:
-        """Where each visual token lies in a picture of edge x edge pixels: left, top, and the last
-        pixel inside on the right and below."""
+        """Where each visual token lies in a picture of edge x edge pixels: left, top, right and
+        bottom, all of them inside, in the order of the tokens."""
         side = math.isqrt(self.visual_tokens)
         cell = edge * self.merge * self.vision.patch_size / self.vision.image_size
         cuts = [min(round(i * cell), edge) for i in range(side + 1)]
@@ -480,7 +482,7 @@ class KVCache:
 
     @property
     def next_position(self) -> int:
-        """Rotary position of the next row: the largest position so far, plus one."""
+        """Rotary position of the next row: beyond all so far, those of pruned tokens included."""
         return self.following[-1]
 
     def start_question(self) -> None:
@@ -490,8 +492,8 @@ class KVCache:
         """The question has been read; the next rows are the tokens of its answer, one at a time."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Append the rows k, v (1, G, M, D), then let q (1, H, M, D) attend causally to all
-        rows."""
+        """Append the rows k, v (1, G, M, D), then let q (1, H, M, D) attend causally to all rows:
+        (1, H, M, D)."""
         self.append(layer, k, v)
         keys, values, N = self.k[layer], self.v[layer], self.filled[layer]
         if q.shape[2] == 1:
@@ -559,14 +561,14 @@ def token_salience(q: Tensor, k: Tensor, summary_tokens: int) -> Tensor:
 def merge_patches(x: Tensor, side: int, *, by_columns: bool = False) -> Tensor:
     """One row for every block of side x side patches ("space to depth", "pixel shuffle").
 
-    x (images, n * n, C), row by row -> (images, k * k, side * side * C), k = ceil(n / side), row by
+    x (images, p * p, C), row by row -> (images, k * k, side * side * C), k = ceil(p / side), row by
     row or, `by_columns`, column by column. A row holds the block's patches row by row; patches
     beyond the edge are zeros.
     """
-    n = math.isqrt(x.shape[1])
-    k = math.ceil(n / side)
-    beyond = k * side - n
-    x = F.pad(x.unflatten(1, (n, n)), (0, 0, 0, beyond, 0, beyond))
+    p = math.isqrt(x.shape[1])
+    k = math.ceil(p / side)
+    beyond = k * side - p
+    x = F.pad(x.unflatten(1, (p, p)), (0, 0, 0, beyond, 0, beyond))
     blocks = x.unflatten(2, (k, side)).unflatten(1, (k, side))  # (images, k, side, k, side, C)
     order = (0, 3, 1, 2, 4, 5) if by_columns else (0, 1, 3, 2, 4, 5)
     return blocks.permute(order).flatten(3).flatten(1, 2)
@@ -574,7 +576,7 @@ def merge_patches(x: Tensor, side: int, *, by_columns: bool = False) -> Tensor:
 
 def merge_salience(salience: Tensor, side: int, *, by_columns: bool = False) -> Tensor:
     """Salience (images, k * k) of merged tokens: the mean over the real patches of each block, of
-    salience (images, n * n). The paper leaves open how; this is our choice."""
+    salience (images, p * p). The paper leaves open how; this is our choice."""
     blocks = merge_patches(salience[..., None], side, by_columns=by_columns)
     real = merge_patches(torch.ones_like(salience[:1, :, None]), side, by_columns=by_columns)
     return blocks.sum(-1) / real.sum(-1)
@@ -606,6 +608,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """C -> mlp -> C. x (images, T, C) -> (images, T, C)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]()
@@ -617,6 +621,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """Pre-norm: x plus attention, then plus MLP. x (images, T, C) -> (images, T, C)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width, config.eps)
@@ -712,7 +718,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_uncached(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The rows attend to each other only; used where there is no cache, as in training."""
+    """Causal attention among the rows alone; used where there is no cache, as in training."""
     return causal_attention(q, k, v)
 
 
@@ -758,6 +764,8 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). x (B, T, E) -> (B, T, E)."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.gate_proj = Linear(config.width, config.mlp, bias=False)
@@ -769,6 +777,8 @@ class DecoderMLP(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """Pre-norm: x plus attention, then plus MLP."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.width, config.eps)
@@ -782,7 +792,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Llama, or Qwen2: token embeddings, blocks, a last norm."""
+    """Llama, Mistral or Qwen2: token embeddings, blocks, a last norm."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -891,8 +901,8 @@ class VLM(nn.Module):
         return self.merge_patches(features), self.merge_salience(salience)
 
     def merge_patches(self, x: Tensor) -> Tensor:
-        """Rows of patches (images, patches, C) to rows of visual tokens, as this model merges
-        them."""
+        """Patches (images, patches, C) to visual tokens (images, n, merge * merge * C), as this
+        model merges them."""
         return merge_patches(x, self.config.merge, by_columns=self.config.by_columns)
 
     def merge_salience(self, salience: Tensor) -> Tensor:
@@ -906,8 +916,8 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor | list[int], visual: Tensor | None = None) -> Tensor:
-        """Token embeddings (1, T, E) with the rows of visual (V, E) at the image placeholders, in
-        order.
+        """Embeddings (1, T, E) of input_ids (T,), with the rows of visual (V, E) at the image
+        placeholders, in order.
 
         The placeholder id is never looked up: it may lie beyond the table.
         Raises: ValueError if V is not the number of placeholders, or an id lies beyond the table.
@@ -936,8 +946,8 @@ class VLM(nn.Module):
         """Hidden states (1, T, E) of embeddings (1, T, E), which continue what the cache holds.
 
         positions: (T,) integers; from `cache.next_position` on if None. Without a cache the rows
-        attend to each other only, and gradients flow. A call that fails truncates the cache to what
-        it held before.
+        attend to themselves only, causally, and gradients flow. A call that fails truncates the
+        cache to what it held before. Raises: ValueError for positions of another shape.
         """
         start = 0 if cache is None else cache.next_position
         if positions is None:
@@ -1393,12 +1403,12 @@ class View(NamedTuple):
 
     picture: Image.Image  # S x S
     number: int = 0  # of the picture among all that are shown
-    rows: int = 0  # of tiles in that picture, and
-    columns: int = 0  # columns; 0 if it is not cut into tiles
-    row: int = 0  # of this tile, from 1, and
-    column: int = 0  # column; 0 if this is the whole picture
-    second: float | None = None  # of a frame: when it comes in its clip, and
-    duration: float | None = None  # how many seconds the clip has
+    rows: int = 0  # of tiles in that picture; 0 if it is not cut
+    columns: int = 0  # likewise
+    row: int = 0  # of this tile, from 1; 0 if this is the whole picture
+    column: int = 0  # likewise
+    second: float | None = None  # of a frame: when it comes in its clip
+    duration: float | None = None  # of the clip, in seconds
 
 
 class Processor:
@@ -1697,20 +1707,20 @@ class SmolVLMProcessor(Processor):
         """Resized to the longest edge, then up to whole tiles, then cut; the whole picture last."""
         if not self.split:
             return [View(self._squash(picture, self.longest_edge), number)]
-        T = self.image_size
+        S = self.image_size
         picture = self._longest(picture, self.longest_edge)
         width, height = picture.size
         if width >= height:
-            wide = math.ceil(width / T) * T
-            size = wide, math.ceil(int(wide / (width / height)) / T) * T
+            wide = math.ceil(width / S) * S
+            size = wide, math.ceil(int(wide / (width / height)) / S) * S
         else:
-            high = math.ceil(height / T) * T
-            size = math.ceil(int(high * (width / height)) / T) * T, high
+            high = math.ceil(height / S) * S
+            size = math.ceil(int(high * (width / height)) / S) * S, high
         picture = _resized(picture, size, self.resample)
-        if size == (T, T):
+        if size == (S, S):
             return [View(picture, number)]
-        whole = View(picture.resize((T, T), self.resample), number, size[1] // T, size[0] // T)
-        return [*_tiles(picture, T, number), whole]
+        whole = View(picture.resize((S, S), self.resample), number, size[1] // S, size[0] // S)
+        return [*_tiles(picture, S, number), whole]
 
     def _longest(self, picture: Image.Image, longest: int) -> Image.Image:
         """The longer side becomes `longest`, the other follows and is made even."""
@@ -1722,12 +1732,12 @@ class SmolVLMProcessor(Processor):
 
     def _squash(self, picture: Image.Image, longest: int) -> Image.Image:
         """Resized to the longest edge, then to one tile."""
-        T = self.image_size
-        return self._longest(picture, longest).resize((T, T), self.resample)
+        S = self.image_size
+        return self._longest(picture, longest).resize((S, S), self.resample)
 
     def _sampled(self, frames: int, fps: float) -> list[int]:
         """Which frames are shown: `clip_fps` in a second, `clip_frames` at most, evenly spread. Of
-        a clip too long for that, the first and the last second are left out."""
+        a long clip, by transformers' rule, the first and the last second are left out."""
         duration = frames / fps
         wanted = max(1, min(round(self.clip_fps * duration), self.clip_frames))
         first, last = 0, frames - 1

@@ -20,9 +20,10 @@ another method; `Dense`, the baseline, does. At sparsity 0 the same code gives t
     python sparsevila.py --image photo.jpg --ask "What is on the table?" \\
         --model llava-hf/llava-1.5-7b-hf
 
-Axes: B batch, H query heads, G key/value heads, M question rows, N cached rows, D head size, C
-tower width, E decoder width, n visual tokens of a picture, V visual tokens in the cache, K chosen
-tokens (kept or retrieved).
+Axes: H query heads, G key/value heads, M question rows, N cached rows, D head size, S edge of a
+view, C width of a feature, E decoder width, n visual tokens of a view (a picture, a frame or a
+tile; an axis "images" counts views), V visual tokens in the cache, K chosen tokens (kept or
+retrieved), T tokens of the context.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def check_question(question: str) -> None:
 
 def select_tokens(scores: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` highest scores along the last axis, ascending; ties go to the lower
-    index.
+    index (our choice).
 
     scores (..., n) float -> (..., keep) int64. The choice at a smaller keep is a subset of that at
     a larger one. Raises: ValueError for NaN and for keep outside [0, n].
@@ -108,11 +109,11 @@ def prune(
         features: (images, n, C).
         salience: (images, n), as `VLM.encode` gives it.
         sparsity: share of tokens to drop, in [0, 1); the count is `keep_count`.
-        scope: "frame" chooses in every picture or frame apart, so that none is emptied; "global"
-            chooses over all of them together.
+        scope: "frame" chooses in every view apart, so that none is emptied; "global" chooses over
+            all of them together.
 
     Returns: the kept features and their index. "frame": (images, K, C) and (images, K), indices
-    within the picture. "global": (1, K, C) and (1, K), indices into all images * n tokens.
+    within the view. "global": (1, K, C) and (1, K), indices into all images * n tokens.
     Raises: ValueError for other shapes, scopes or sparsities, and for NaN in the salience.
     Source: Algorithm 2; the paper leaves the scope open, "frame" is our choice.
     """
@@ -143,7 +144,7 @@ class RetrievalCache(KVCache):
     A the softmax over the whole causal key row. `start_answer` selects the best rows of each layer
     (one set for all its heads) and packs them, in order and with all text rows, into `packed`, a
     dense KVCache of its own. From then on attention reads `packed` only; new rows go to both
-    caches. Packed keys keep the rotation they were cached with.
+    caches. Packed keys keep the rotary positions they were cached with.
 
     Attributes:
         visual: (V,) int64, the rows that hold visual tokens; set it before the first question, on
@@ -156,6 +157,7 @@ class RetrievalCache(KVCache):
 
     Source: Algorithm 3. That the first answer token is computed densely, that the softmax runs over
     all keys and that keys are not rotated anew is how public readers understand the paper.
+    Raises: ValueError for a sparsity outside [0, 1).
     """
 
     def __init__(self, layers: int, decode_sparsity: float = 0.9, capacity: int = 256):
@@ -189,7 +191,8 @@ class RetrievalCache(KVCache):
         return received[self.visual] / (H * M)
 
     def start_answer(self) -> None:
-        """Select the most relevant visual rows of every layer and pack them with all text."""
+        """Select the most relevant visual rows of every layer and pack them with all text. Raises:
+        ValueError unless the question was read in one pass."""
         V, N, layers = len(self.visual), self.length, len(self.k)
         keep = keep_count(V, self.decode_sparsity)
         if len(self.relevance) != layers:
@@ -256,12 +259,12 @@ class SparseVILA:
             4).
 
     Attributes:
-        views: what the model was shown, the tiles of cut pictures apart (see `model.View`).
+        views: the pictures, frames and tiles that the vision tower saw (see `model.View`).
         kept: the index that `prune` returned.
         cache: the KV cache, None before `see`.
         stats: counts ("pictures", "views", "visual_tokens": encoded, kept, attended per layer for
-            the last question, "text_tokens" of the context) and "milliseconds" of the stages
-            "vision" (with the salience), "prune" and "prefill" (with the projector).
+            the last question, None before; "text_tokens" of the context) and "milliseconds" of the
+            stages "vision" (with the salience), "prune" and "prefill" (with the projector).
 
     Raises: ValueError for arguments out of range.
     """
@@ -298,7 +301,7 @@ class SparseVILA:
 
     # The two insertions of the method. For another one override `prune`, and `cache_type` (a
     # RetrievalCache with another `score`) or `new_cache` (any other KVCache); and `encode` for one
-    # that needs more of the tower, or another salience. baselines.py has a dozen examples.
+    # that needs more of the tower, or another salience. baselines.py has sixteen examples.
 
     cache_type = RetrievalCache
 
@@ -328,7 +331,8 @@ class SparseVILA:
         second; the model's family decides which of them are shown, and how.
 
         Raises: ValueError or OSError for what is no picture, and for more visual tokens than the
-        model's context holds. A call that fails leaves the session as it was.
+        model's context holds; RuntimeError while `ask` runs. A call that fails leaves the session
+        as it was.
         """
         self._check_idle()
         images = images if isinstance(images, (list, tuple)) else [images]
@@ -406,8 +410,9 @@ class SparseVILA:
 
         on_text is called with every new piece of text; the pieces together are `Answer.text`. The
         other arguments are those of `VLM.generate`. A call that fails or is interrupted leaves the
-        session as it was. Raises: RuntimeError before `see`; ValueError for an empty question,
-        arguments out of range, or a question and answer that do not fit into the model's context.
+        session as it was. Raises: RuntimeError before `see` and inside `on_text`; ValueError for an
+        empty question, arguments out of range, or a question and answer that do not fit into the
+        model's context.
         """
         if self.cache is None:
             raise RuntimeError("nothing to ask about: call see(images) first")
@@ -457,7 +462,8 @@ class SparseVILA:
         return Answer(text, tokens, retrieved, timings, kv_bytes_per_token=row * rows)
 
     def forget(self) -> None:
-        """Evict the last question and its answer. Without one, nothing happens."""
+        """Evict the last question and its answer. Without one, nothing happens. Raises:
+        RuntimeError while `ask` runs."""
         self._check_idle()
         if self._turns:
             *turns, (start, _) = self._turns
@@ -665,7 +671,8 @@ def nonempty_path(text: str) -> str:
 
 def read_frames(path: str) -> tuple[list[Image.Image], float | None]:
     """The frames of a clip, pictures of a folder in the order of their names or an animated file,
-    and how many there are in a second, if the file says so."""
+    and how many there are in a second, if the file says so. Raises: ValueError for an empty folder,
+    and as `open_picture`."""
     if not Path(path).is_dir():
         return open_clip(path)
     files = sorted(p for p in Path(path).iterdir() if not p.is_dir() and not p.name.startswith("."))
@@ -675,7 +682,8 @@ def read_frames(path: str) -> tuple[list[Image.Image], float | None]:
 
 
 def encode_picture(picture: Image.Image, path: str) -> bytes:
-    """The content of a picture file in the format that its name asks for."""
+    """The content of a picture file in the format that its name asks for. Raises: ValueError if
+    Pillow cannot write it."""
     encoded = io.BytesIO()
     try:
         picture.save(encoded, Image.registered_extensions()[Path(path).suffix.lower()])
