@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +116,8 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """int32 words (rows, N / 8) to codes (rows, N) int8: the inverse of `pack`. Raises: ValueError
-    for anything else."""
+    """packed, int32 words (rows, N / 8) -> codes (rows, N) int8: the inverse of `pack`. Raises:
+    ValueError for anything else."""
     if packed.dim() != 2 or packed.dtype != torch.int32:
         raise ValueError(f"packed must be int32 (rows, N / 8), got {packed.dtype} {packed.dim()}-d")
     nibbles = packed[..., None] >> _shifts(packed) & 0xF  # the mask removes the sign's bits
@@ -666,10 +667,10 @@ def search_clip(weight: Tensor, inputs: list[Tensor], *, group_size: int = 128) 
     not look at whole outputs (our choice: clipping never hurts on the calibration rows).
     """
     g = _group_size(group_size, weight.shape[1])
-    gram = 0  # (K / g, g, g)
+    gram = 0
     for x in inputs:
         x = x.flatten(0, -2).float().unflatten(1, (-1, g)).transpose(0, 1)  # (K / g, T, g)
-        gram = gram + x.mT @ x
+        gram = gram + x.mT @ x  # (K / g, g, g)
     if not gram.isfinite().all():
         raise ValueError("calibration activations must be finite, got NaN or infinity")
     w = weight.detach().float().unflatten(1, (-1, g))
@@ -1044,7 +1045,7 @@ def check_target(target: Path) -> None:
 
 
 def calibration(
-    model: nn.Module, processor, pictures: list, prompts: list[str], samples: int
+    model: nn.Module, processor: Any, pictures: list, prompts: list[str], samples: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Pixels, and embeddings (1, T, E) of whole turns: picture, prompt and the model's own answer.
     Pictures and prompts are taken in turn, as often as needed. Of the visual tokens the most

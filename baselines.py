@@ -20,6 +20,7 @@ in sparsevila.py; T tower tokens, summary token included.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -391,7 +392,7 @@ class SparseVLM(FastV):
             stages[layer] = V - (V - keep) * step // 3
         return InsideCache(layers, capacity, visual, stages, recycle=True)
 
-    def ask(self, question: str, **options) -> Answer:
+    def ask(self, question: str, **options: Any) -> Answer:
         if isinstance(self.cache, InsideCache) and isinstance(question, str):
             ids = self.processor.question(question.strip(), first=not self._turns, views=self.views)
             text = self.model.embed(ids)[0]
@@ -437,7 +438,7 @@ class FirstTurnOracle(Pruned):
 
     received: Tensor | None = None
 
-    def see(self, images, *, fps: float | None = None) -> None:
+    def see(self, images: Any, *, fps: float | None = None) -> None:
         received, self.received = self.received, None  # all tokens, until the first question
         try:
             super().see(images, fps=fps)
@@ -451,7 +452,7 @@ class FirstTurnOracle(Pruned):
             return Dense.prune(self, features, salience)
         return prune_to(features, self.received.view_as(salience), self.budget(salience))
 
-    def ask(self, question: str, **options) -> Answer:
+    def ask(self, question: str, **options: Any) -> Answer:
         if self.received is None and self.cache is not None:
             images, fps = self.seen
             watched = Watched(self.model, self.processor)

@@ -43,7 +43,17 @@ import awq
 import baselines
 import model as model_file
 from kernels import decode_attention
-from model import VLM, Config, KVCache, Stopwatch, TextConfig, View, VisionConfig, load
+from model import (
+    VLM,
+    Config,
+    KVCache,
+    Processor,
+    Stopwatch,
+    TextConfig,
+    View,
+    VisionConfig,
+    load,
+)
 from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
 from tiny.evaluate import Method, find_needle, measure
 
@@ -342,8 +352,8 @@ def quantise(model: VLM) -> None:
         awq.replace_linears(block, awq.W8A8Linear.from_linear)
 
 
-class Script:
-    """What `SparseVILA` needs of a processor: noise for pictures, prompts of fixed length."""
+class Script(Processor):
+    """What `SparseVILA` needs of one: noise for pictures, prompts of fixed length."""
 
     def __init__(self, config: Config, pictures: int):
         S = config.vision.image_size
@@ -677,16 +687,17 @@ class Transformers:
 
 
 class Clock:
-    """What transformers calls a streamer: notes when the prompt and each token come."""
+    """What transformers calls a streamer: notes when things come."""
 
     def __init__(self):
         self.times: list[float] = []
 
-    def put(self, _) -> None:
+    def put(self, _: Tensor) -> None:
+        """The prompt has come, or a token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """The last token has come."""
 
 
 def print_speed(result: dict) -> None:
@@ -975,7 +986,7 @@ def draw_needle(result: dict, file: str) -> None:
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib's, without a screen, fonts large enough for a README."""
     import matplotlib
 

@@ -398,8 +398,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`gather_tokens` of keys and values (B, G, N, D) with one index (B, K), in one launch: two
-    tensors (B, G, K, D). Raises: ValueError as there, and for values unlike the keys."""
+    """`gather_tokens` of k and v (B, G, N, D) with one index (B, K), in one launch: two tensors
+    (B, G, K, D). Raises: ValueError as there, and for values unlike the keys."""
     _check_values(k, v)
     _check_index(k, index)
     k, v = _gather([k, v], index)

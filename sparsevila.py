@@ -512,11 +512,14 @@ class _TextStream:
 # --- the picture of what was kept and retrieved ---------------------------------------------------
 
 
-def overlay(session: SparseVILA, answers: list[tuple[str, Answer]]) -> Image.Image:
+def overlay(
+    session: SparseVILA, answers: list[tuple[str, Answer]], dense: list[Answer] | None = None
+) -> Image.Image:
     """A panel per question: pruned tokens dimmed, those retrieved for it outlined, the brighter the
     more layers retrieved them; question and answer above. Tiles of a picture stand together, the
     whole picture on their right. `answers` are questions about what the session sees, and what
-    `ask` returned. Raises: ValueError for none of either."""
+    `ask` returned; `dense`, if given, what the dense model answered, to be shown as well. Raises:
+    ValueError for no answers or pictures."""
     if not answers or not session.views:
         raise ValueError(f"nothing to show: {len(answers)} answers, {len(session.views)} pictures")
     encoded = session.stats["visual_tokens"]["encoded"]
@@ -524,15 +527,19 @@ def overlay(session: SparseVILA, answers: list[tuple[str, Answer]]) -> Image.Ima
     kept = session.flat(session.kept, n)
     tiled = any(view.rows for view in session.views)
     edge = 160 if tiled else max(session.views[0].picture.width, 320)
-    boxes, places = session.model.config.token_boxes(edge), _places(session.views, edge)
+    boxes, top = session.model.config.token_boxes(edge), 74 if dense else 52
+    places = _places(session.views, edge, top)
     width = max(x for x, _ in places) + edge + 4
     height = max(y for _, y in places) + edge + 4
     font = ImageFont.load_default(16)
     whole = Image.new("RGB", ((width + 4) * len(answers), height), "white")
     for panel, (question, answer) in enumerate(answers):
         left, draw = panel * (width + 4), ImageDraw.Draw(whole)
-        draw.text((left + 4, 4), _one_line(question), "black", font)
-        draw.text((left + 4, 26), _one_line(answer.text), "black", font)
+        lines = [question, answer.text]
+        if dense:
+            lines = [question, f"dense: {dense[panel].text}", f"sparse: {answer.text}"]
+        for number, line in enumerate(lines):
+            draw.text((left + 4, 4 + 22 * number), _one_line(line), "black", font)
         votes = torch.zeros(encoded)
         for chosen in answer.retrieved:
             votes[kept[chosen.cpu()]] += 1 / len(answer.retrieved)
@@ -544,14 +551,15 @@ def overlay(session: SparseVILA, answers: list[tuple[str, Answer]]) -> Image.Ima
     return whole
 
 
-def _places(views: list[View], edge: int) -> list[tuple[int, int]]:
-    """The upper left corner of each view: pictures side by side, tiles in their grid."""
+def _places(views: list[View], edge: int, top: int) -> list[tuple[int, int]]:
+    """The upper left corner of each view below `top`: pictures side by side, tiles in their
+    grid."""
     places, left = [], 4
     for view in views:
         if view.row:
-            places.append((left + (view.column - 1) * edge, 52 + (view.row - 1) * edge))
+            places.append((left + (view.column - 1) * edge, top + (view.row - 1) * edge))
         else:
-            places.append((left + view.columns * edge + (8 if view.columns else 0), 52))
+            places.append((left + view.columns * edge + (8 if view.columns else 0), top))
             left = places[-1][0] + edge + 8
     return places
 
@@ -696,6 +704,7 @@ def encode_picture(picture: Image.Image, path: str) -> bytes:
 def ask_all(
     session: SparseVILA, images: list, fps: float | None, questions: list[str], sampling: dict
 ) -> list[Answer]:
+    """Show the images, ask all questions."""
     session.see(images, fps=fps)
     return [session.ask(question, **sampling) for question in questions]
 
@@ -818,10 +827,10 @@ def run(arguments: argparse.Namespace) -> None:
         sessions = {"dense": Dense(model, processor, **settings)} | sessions
     for warm_up in sessions.values():  # first calls pay for thread pools and memory
         ask_all(warm_up, images, fps, questions[:1], sampling | {"max_new_tokens": 2})
-    columns = {}
+    answers, columns = {}, {}
     for name, each in sessions.items():
-        answers = ask_all(each, images, fps, questions, sampling)
-        columns[name] = summary(each, questions, answers)
+        answers[name] = ask_all(each, images, fps, questions, sampling)
+        columns[name] = summary(each, questions, answers[name])
     where = {
         "model": str(arguments.model),
         "device": str(model.device),
@@ -835,7 +844,8 @@ def run(arguments: argparse.Namespace) -> None:
         print_comparison(columns)
         print(f"weights: {model.weight_bytes:,} bytes, {model.precision}")
     if arguments.overlay:
-        picture = overlay(session, list(zip(questions, answers)))
+        shown = list(zip(questions, answers.pop(name)))  # of the last session, `session`
+        picture = overlay(session, shown, answers.get("dense"))
         Path(arguments.overlay).write_bytes(encode_picture(picture, arguments.overlay))
 
 

@@ -1,8 +1,14 @@
 """What several test files share: the tiny model, and random models around its tokenizer."""
 
+import io
 import math
+import os
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -54,7 +60,7 @@ needs_triton = pytest.mark.skipif(
     not (kernels.INTERPRETED or (kernels.triton and torch.cuda.is_available())),
     reason="no GPU; see test_interpreter.py",
 )
-few = settings(max_examples=30 if kernels.INTERPRETED else 200)
+few = settings(max_examples=20 if kernels.INTERPRETED else 200)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -124,6 +130,29 @@ class Recorder:
 
     def __exit__(self, *exception) -> None:
         self.hook.remove()
+
+
+class Ran(NamedTuple):
+    """What a command line printed, and its exit status."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command_line(main: Callable, *arguments, stdin: str = "", cwd: Path | None = None) -> Ran:
+    """Run a program's `main` in this process: to start Python and torch would take seconds."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    status = 0
+    try:
+        os.chdir(cwd or before)
+        with redirect_stdout(out), redirect_stderr(err), patch("sys.stdin", io.StringIO(stdin)):
+            main(list(map(str, arguments)))
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        os.chdir(before)
+    return Ran(status, out.getvalue(), err.getvalue())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

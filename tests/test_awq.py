@@ -3,18 +3,17 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Recorder, random_model, random_pictures, same_bits
+from conftest import TINY, Recorder, command_line, random_model, random_pictures, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import awq
+import sparsevila
 from model import VLM, KVCache, load, open_picture
 from sparsevila import Dense, SparseVILA
 
@@ -514,13 +513,7 @@ def test_a_quantised_tower_sees_nearly_the_same(tiny, board):
 
 
 def run(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, ROOT / "awq.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
+    return command_line(awq.main, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -539,11 +532,7 @@ def test_the_command_writes_a_folder_that_loads_and_answers(folder):
     assert settings["quant_method"] == "awq" and settings["version"] == "gemm"
     assert settings["bits"] == 4 and settings["group_size"] == 32 and settings["zero_point"]
     assert settings["vision_w8a8"] and [f.name for f in folder.parent.iterdir()] == ["quantised"]
-    result = subprocess.run(
-        [sys.executable, ROOT / "sparsevila.py", "--model", folder, "--json"],
-        capture_output=True,
-        text=True,
-    )
+    result = command_line(sparsevila.main, "--model", folder, "--json")
     content = json.loads(result.stdout)
     assert content["answers"][0]["answer"] == "orange, d3."
     assert content["precision"] == "float32 + W4A16 decoder + W8A8 tower"

@@ -211,7 +211,7 @@ def assert_same_answer(a, b):
     assert all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(models, settings_of, st.permutations(QUESTIONS), sparsities, sparsities)
 def test_after_forget_earlier_questions_leave_no_trace(shape, options, order, prefill, decode):
     vlm, processor = random_model(**shape)

@@ -2,17 +2,16 @@
 them, and deliberately wrong variants that must be seen to differ."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TINY
+from conftest import FAMILIES, ROOT, TINY, command_line
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model as model_file
+import sparsevila
 from model import ACTIVATIONS, View, load, merge_patches
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -267,10 +266,9 @@ def test_the_comparison_sees_wrong_variants(monkeypatch, name, mistake, seen_in)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_command_line_runs_on_a_folder_of_every_family(name, tmp_path, board):
-    command = [sys.executable, ROOT / "sparsevila.py", "--model", GOLDEN / name]
-    command += ["--image", board, "--ask", "what is it?", "--ask", "and this?"]
-    command += ["--max-new-tokens", "5", "--overlay", tmp_path / "overlay.png", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    arguments = ["--model", GOLDEN / name, "--image", board, "--ask", "what is it?"]
+    arguments += ["--ask", "and this?", "--max-new-tokens", "5", "--json"]
+    run = command_line(sparsevila.main, *arguments, "--overlay", tmp_path / "overlay.png")
     assert run.returncode == 0 and run.stderr == ""
     result = json.loads(run.stdout)
     tokens, n = result["visual_tokens"], Family(name).vlm.config.visual_tokens

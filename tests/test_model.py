@@ -285,8 +285,9 @@ def test_gradients_flow_where_there_is_no_cache():
 
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (1, 1), (3,), (2, 40)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_the_same_product_by_either_library(rows, bias):
-    """oneDNN's for large weights in inference, MKL's where gradients flow; against float64."""
+def test_linear_is_the_same_product_by_any_library(rows, bias):
+    """In inference oneDNN's for large weights and MKL's in blocks for one row, the plain one where
+    gradients flow; against float64."""
     torch.manual_seed(0)
     for inputs, outputs in ((512, 256), (256, 512), (300, 500), (8, 8)):
         linear = model.Linear(inputs, outputs, bias=bias)

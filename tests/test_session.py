@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, random_model, random_pictures
+from conftest import ROOT, TINY, command_line, random_model, random_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageStat
@@ -18,14 +18,8 @@ from sparsevila import Answer, Dense, SparseVILA, _TextStream
 SAMPLES = TINY / "samples"
 
 
-def run(*arguments, stdin="", timeout=120):
-    return subprocess.run(
-        [sys.executable, ROOT / "sparsevila.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        timeout=timeout,
-    )
+def run(*arguments, stdin=""):
+    return command_line(sparsevila.main, *arguments, stdin=stdin)
 
 
 # --- the session ----------------------------------------------------------------------------------
@@ -261,7 +255,7 @@ def test_overlay_dims_pruned_patches_and_outlines_retrieved_ones(tmp_path):
     assert run("--overlay", file, "--ask", "what color is the 7?").returncode == 0
     with Image.open(file) as picture, Image.open(SAMPLES / "board.png") as board:
         assert picture.width >= 320 and picture.height > 320
-        panel = picture.crop((4, 52, 324, 372))
+        panel = picture.crop((4, 74, 324, 394))
         dimmed, whole = (ImageStat.Stat(image.convert("L")).mean[0] for image in (panel, board))
         assert dimmed < 0.7 * whole
 
@@ -276,6 +270,8 @@ def test_an_overlay_needs_pictures_and_answers(tiny, board):
     answer = session.ask("what\ncolor is the 7?")
     assert answer == answer and answer in [answer]
     assert sparsevila.overlay(session, [("what\ncolor?", answer)]).size == (332, 376)
+    both = sparsevila.overlay(session, [("what?", answer)], [answer])  # and a line for dense
+    assert both.size == (332, 398)
     session.see([board] * 3)
     answers = [("what?", session.ask("what?"))] * 2
     assert sparsevila.overlay(session, answers).size == (2 * (4 + 3 * 328), 376)

@@ -1,0 +1,362 @@
+"""Shapes in docstrings and comments against those of real calls, and that everything public is
+documented."""
+
+import ast
+import inspect
+import itertools
+import random
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+
+import awq
+import baselines
+import bench
+import kernels
+import model
+import sparsevila
+from model import KVCache, load
+from sparsevila import RetrievalCache, SparseVILA
+
+MODULES = (sparsevila, model, awq, kernels, bench, baselines)
+
+
+def public(module) -> Iterator[tuple[str, Callable]]:
+    """Public functions, classes and methods of a module, with their names."""
+    for name, thing in vars(module).items():
+        if getattr(thing, "__module__", None) != module.__name__ or name.startswith("_"):
+            continue
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            yield f"{module.__name__}.{name}", thing
+        for member in vars(thing) if inspect.isclass(thing) else ():
+            if inspect.isroutine(function := getattr(thing, member)) and member[0] != "_":
+                yield f"{module.__name__}.{name}.{member}", function
+
+
+def test_public_names_have_docstrings_and_type_hints():
+    """A method may leave its docstring to the class that it overrides."""
+    wrong = []
+    for name, thing in itertools.chain.from_iterable(map(public, MODULES)):
+        if not inspect.getdoc(thing):
+            wrong.append(f"{name} has no docstring")
+        if inspect.isclass(thing):
+            continue
+        signature = inspect.signature(thing)
+        hints = {name: p.annotation for name, p in signature.parameters.items() if name != "self"}
+        if inspect.Signature.empty in {**hints, "return": signature.return_annotation}.values():
+            wrong.append(f"{name}{signature} lacks type hints")
+    assert not wrong, "\n".join(wrong)
+
+
+# --- docstrings -----------------------------------------------------------------------------------
+
+AXES = {"B": 2, "H": 6, "G": 3, "M": 5, "N": 16, "D": 8, "K": 32, "E": 128, "C": 128, "n": 100}
+AXES |= {"g": 8, "rows": 4, "images": 2, "patches": 100, "T": 9, "S": 160, "V": 5, "L": 4}
+AXES |= {"merge": 1, "p": 6, "k": 3, "side": 2, "capacity": 24, "vocabulary": 293, "keep": 3}
+TUPLE = re.compile(r"\(([^()]+,[^()]*)\)")
+
+
+def sizes(text: str, axes: dict[str, int]) -> tuple | None:
+    """The numbers that a tuple of axes in a docstring stands for; None if it is none."""
+    dims = [dim.strip().replace(" x ", " * ") for dim in text.rstrip(", ").split(",")]
+    try:
+        return tuple(... if dim == "..." else int(eval(dim, {}, axes)) for dim in dims)
+    except (NameError, SyntaxError, TypeError, ValueError):
+        return None
+
+
+def fits(shape: tuple, text: str, axes: dict[str, int]) -> bool:
+    """Whether some tuple of axes in a text is this shape; "..." stands for any number of axes."""
+    for match in TUPLE.finditer(text):
+        wanted = sizes(match[1], axes)
+        if (
+            wanted == shape
+            or wanted
+            and wanted[0] is ...
+            and wanted[1:] == shape[-len(wanted) + 1 :]
+        ):
+            return True
+    return False
+
+
+def after(name: str, doc: str) -> Iterator[str]:
+    """What the docstring says of an argument, up to the end of the sentence or entry."""
+    for match in re.finditer(rf"\b{name}\b", doc, re.IGNORECASE):
+        yield re.split(r"[.;](?=\s)|\n\s*\n", doc[match.end() : match.end() + 300])[0]
+
+
+def check_docstring(function: Callable, arguments: dict, *, said_in=None, axes=AXES) -> None:
+    """Call a function; the shape of every tensor in and out must stand in its docstring (or that of
+    `said_in`, to which it refers)."""
+    doc = (inspect.getdoc(function) or "") + "\n\n" + (inspect.getdoc(said_in) or "")
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dim():
+            found = fits(tuple(value.shape), "\n".join(after(name, doc)), axes)
+            assert found, f"{function.__qualname__}: {name} is {tuple(value.shape)}"
+    results = function(**arguments)
+    returned = "\n".join(re.split(r"Returns:|->", doc)[1:]) or doc
+    for result in results if isinstance(results, tuple) else (results,):
+        if isinstance(result, Tensor):
+            found = fits(tuple(result.shape), returned, axes)
+            assert found, f"{function.__qualname__} returns {tuple(result.shape)}"
+
+
+def test_docstrings_of_the_kernels():
+    q, k = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 16, 8)
+    lse = kernels.attention_lse(q, k)
+    check_docstring(kernels.attention_lse, {"q": q, "k": k})
+    arguments = {"q": q, "k": k, "lse": lse}
+    check_docstring(kernels.attention_colsum, arguments, said_in=kernels.attention_lse)
+    index = torch.arange(32)[None].expand(2, 32) % 16
+    check_docstring(kernels.gather_tokens, {"x": torch.randn(2, 16, 128), "index": index})
+    check_docstring(kernels.gather_tokens, {"x": k, "index": index})
+    both = {"k": k, "v": k, "index": index}
+    check_docstring(kernels.gather_keys_values, both, said_in=kernels.gather_tokens)
+    buffer = torch.randn(2, 3, 24, 8)
+    arguments = {"q": q[:, :, :1], "k": buffer, "v": buffer, "length": 7}
+    check_docstring(kernels.decode_attention, arguments)
+
+
+def test_docstrings_of_quantisation():
+    weight, x = torch.randn(16, 32), torch.randn(4, 9, 32)
+    check_docstring(awq.quantize_groups, {"weight": weight, "group_size": 8})
+    check_docstring(awq.rounded, {"weight": weight, "group_size": 8})
+    codes, scales, zeros = awq.quantize_groups(weight, 8)
+    packed = {"qweight": awq.pack(codes.T), "qzeros": awq.pack(zeros.T), "scales": scales.T}
+    check_docstring(awq.pack, {"codes": torch.zeros(4, 16, dtype=torch.int8)})
+    check_docstring(awq.unpack, {"packed": torch.zeros(4, 2, dtype=torch.int32)})
+    check_docstring(awq.dequantize, packed)
+    arguments = {"x": x, **packed, "bias": torch.zeros(16)}
+    check_docstring(awq.w4a16_matmul, arguments, said_in=awq.dequantize)
+    linear = torch.nn.Linear(32, 16)
+    arguments = {"module": linear, "linears": [linear], "inputs": [(x,)], "group_size": 8}
+    check_docstring(awq.search_scale, arguments)
+    arguments = {"weight": linear.weight, "inputs": [x], "group_size": 8}
+    check_docstring(awq.search_clip, arguments)
+    arguments = {"norm": torch.nn.LayerNorm(32), "linears": [linear], "largest": torch.ones(32)}
+    check_docstring(awq.smooth, arguments)
+
+
+def test_docstrings_of_the_method():
+    scores = torch.rand(2, 100)
+    check_docstring(sparsevila.select_tokens, {"scores": scores, "keep": 3})
+    arguments = {"features": torch.randn(2, 100, 128), "salience": scores, "sparsity": 0.68}
+    check_docstring(sparsevila.prune, arguments)
+    check_docstring(sparsevila.prune, arguments | {"scope": "global"}, axes=AXES | {"K": 64})
+    cache, axes = RetrievalCache(1), AXES | {"H": 4, "G": 2}
+    cache.visual = torch.arange(2, 7)
+    cache.start_question()
+    q, k = torch.randn(1, 4, 16, 8), torch.randn(1, 2, 16, 8)
+    arguments = {"layer": 0, "q": q, "k": k, "v": k}
+    check_docstring(cache.attend, arguments, said_in=KVCache.attend, axes=axes | {"M": 16})
+    check_docstring(cache.score, {"q": q, "k": k}, axes=axes | {"M": 16})
+
+
+def test_docstrings_of_the_model():
+    vlm, _ = load(TINY, device="cpu")
+    q, k = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 16, 8)
+    check_docstring(model.causal_attention, {"q": q, "k": k, "v": k})
+    tower = torch.randn(2, 6, 101, 8)
+    arguments = {"q": tower, "k": tower, "summary_tokens": 1}
+    doc = inspect.getdoc(model.token_salience).replace("summary tokens + patches", "1 + patches")
+    assert fits(tuple(tower.shape), doc, AXES)
+    assert fits(tuple(model.token_salience(**arguments).shape), doc.split("Returns:")[1], AXES)
+    check_docstring(model.merge_patches, {"x": torch.randn(2, 36, 128), "side": 2})
+    check_docstring(model.merge_salience, {"salience": torch.rand(2, 36), "side": 2})
+    positions = torch.arange(9)
+    angles = {"positions": positions, "config": vlm.config.text}
+    check_docstring(model.rotary_table, angles, axes=AXES | {"D": 32})
+    pixels = torch.randn(2, 3, 160, 160)
+    check_docstring(vlm.encode, {"pixels": pixels})
+    check_docstring(vlm.vision_tower.forward, {"pixels": pixels})
+    features, _ = vlm.encode(pixels)
+    check_docstring(vlm.project, {"features": features})
+    image = vlm.config.image_token_id
+    ids = torch.tensor([1, *[image] * 5, 5, 6, 7])
+    check_docstring(vlm.embed, {"input_ids": ids, "visual": torch.randn(5, 128)})
+    embeddings = torch.randn(1, 9, 128)
+    axes = AXES | {"vocabulary": vlm.config.text.vocab}
+    check_docstring(vlm.read, {"embeddings": embeddings})
+    check_docstring(vlm.forward, {"embeddings": embeddings}, axes=axes)
+    x = torch.randn(2, 100, 128)
+    check_docstring(vlm.vision_tower.layers[0].forward, {"x": x}, said_in=model.VisionBlock,
+                    axes=AXES | {"T": 100})  # fmt: skip
+    for part in (vlm.decoder.layers[0].mlp, vlm.vision_tower.layers[0].mlp):
+        rows = torch.randn(2, 9, 128)
+        check_docstring(part.forward, {"x": rows}, said_in=type(part))
+    attention = vlm.decoder.layers[0].self_attn
+    cos, sin = model.rotary_table(positions, vlm.config.text)
+    out = attention(x[:, :9], 0, cos, sin, model.attend_uncached)
+    assert fits(tuple(out.shape), inspect.getdoc(type(attention).forward), AXES)
+
+
+def test_a_wrong_docstring_is_seen():
+    def double(x: Tensor) -> Tensor:
+        """Twice x (B, N). Returns: (N, B)."""
+        return 2 * x
+
+    with pytest.raises(AssertionError, match="returns"):
+        check_docstring(double, {"x": torch.zeros(2, 16)})
+    with pytest.raises(AssertionError, match="x is"):
+        check_docstring(double, {"x": torch.zeros(16, 2)})
+
+
+# --- comments -------------------------------------------------------------------------------------
+
+
+class Shape:
+    """A comment behind a statement that says the shapes of what it assigns."""
+
+    def __init__(self, statement: ast.Assign, comment: str):
+        self.first, self.last = statement.lineno, statement.end_lineno
+        targets = [ast.unparse(t) for t in getattr(statement.targets[0], "elts", statement.targets)]
+        if comment.startswith("("):
+            self.shapes = {name: comment for name in targets}
+        else:  # "q (B, H, T, D), k and v (B, G, T, D)"
+            parts = re.findall(r"(\w+(?: and \w+)*) (\([^()]+\))", comment)
+            self.shapes = {n: shape for names, shape in parts for n in names.split(" and ")}
+        self.seen = False
+
+    def check(self, frame, known: dict[str, int]) -> None:
+        """Compare with the frame's tensors. An axis is the frame's own integer of that name, or
+        whatever it was first; so is any expression of unknown axes."""
+        integers = {k: v for k, v in frame.f_locals.items() if type(v) is int}
+        for name, comment in self.shapes.items():
+            value = eval(name, frame.f_globals, frame.f_locals)
+            dims = [dim.strip() for dim in re.match(r"\(([^()]*)\)", comment)[1].split(",")]
+            dims = [dim for dim in dims if dim]
+            where = f"{frame.f_code.co_filename}:{self.first}: {name} is {tuple(value.shape)}"
+            shape = tuple(value.shape)
+            if dims[0] == "...":  # any axes before the others
+                dims, shape = dims[1:], shape[1 - len(dims) :]
+            assert len(shape) == len(dims), f"{where}, not {comment}"
+            self.seen = True
+            for dim, size in zip(dims, shape):
+                try:
+                    expected = int(eval(dim, {}, known | integers))
+                except (NameError, SyntaxError):
+                    expected = known.setdefault(dim, size)
+                assert size == expected, f"{where}, not {comment} with {dim} = {expected}"
+
+
+def shapes_in(file: Path) -> dict[int, Shape]:
+    """Comments with shapes behind assignments, by the first line of the statement."""
+    with open(file, "rb") as lines:
+        tokens = list(tokenize.tokenize(lines.readline))
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Assign):
+            comment = comments.get(node.end_lineno, "")
+            if re.match(r"(\w+ )?\([\w*/^. +-]+,[^()]*\)", comment):
+                found[node.lineno] = Shape(node, comment)
+    return found
+
+
+class Watch:
+    """While open, checks comments with shapes whenever their statements have run."""
+
+    def __init__(self, *modules):
+        self.files = {module.__file__: shapes_in(Path(module.__file__)) for module in modules}
+
+    def __enter__(self) -> "Watch":
+        self.before = sys.gettrace()
+        sys.settrace(self.enter_frame)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        sys.settrace(self.before)
+
+    def enter_frame(self, frame, event: str, argument) -> Callable | None:
+        shapes = self.files.get(frame.f_code.co_filename)
+        if not shapes:
+            return None
+        pending: list[Shape] = []
+        known: dict[str, int] = {}
+
+        def trace(frame, event: str, argument) -> Callable:
+            if pending and not pending[0].first <= frame.f_lineno <= pending[0].last:
+                pending.pop().check(frame, known)
+            if event == "line" and frame.f_lineno in shapes:
+                pending[:] = [shapes[frame.f_lineno]]
+            return trace
+
+        return trace
+
+
+def test_comments_with_shapes():
+    """Sessions, quantisation and other methods; every comment must have been met."""
+    vlm, processor = load(TINY, device="cpu")
+    picture = TINY / "samples" / "board.png"
+    with Watch(sparsevila, model, awq, kernels, baselines) as watch:
+        kinds = (SparseVILA, baselines.VisionZip, baselines.PruMerge, baselines.SparseVLM)
+        for kind in (*kinds, baselines.VisualSoftmax):
+            session = kind(vlm, processor)
+            session.see([picture, picture])
+            session.ask("what color is the 7?", max_new_tokens=2)
+        awq.dequantize_reference(*packed_linear())
+        pictures, prompts, _ = awq.calibration_set(None, None, 2)
+        _, batches = awq.calibration(vlm, processor, pictures, prompts, 2)
+        block, inputs = vlm.decoder.layers[0], [(torch.randn(1, 9, 128),)]
+        heads = awq.folds_of(block)[1][3]
+        o = block.self_attn.o_proj
+        awq.search_scale(o, [o], inputs, group_size=32, grid=2, heads=heads)
+        awq.search_clip(block.mlp.gate_proj.weight, [inputs[0][0]], group_size=32)
+        model.merge_patches(torch.randn(2, 25, 4), 2)
+        with torch.no_grad():
+            model.Linear(512, 256)(torch.randn(1, 512))
+    unseen = [
+        f"{Path(file).name}:{line}"
+        for file, shapes in watch.files.items()
+        for line, shape in shapes.items()
+        if not shape.seen
+    ]
+    assert not unseen, f"comments that no call reached: {unseen}"
+    assert sum(map(len, watch.files.values())) >= 25
+
+
+def packed_linear() -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, zeros = awq.quantize_groups(torch.randn(16, 32), 8)
+    return awq.pack(codes.T), awq.pack(zeros.T), scales.T.contiguous()
+
+
+def test_a_wrong_comment_is_seen(tmp_path):
+    def run(comment: str) -> None:
+        file = tmp_path / f"example{random.random()}.py"
+        file.write_text(
+            f"def double(x):\n    B, N = x.shape\n    y = x.mT  # {comment}\n    return y"
+        )
+        names: dict = {"__name__": "example"}
+        exec(compile(file.read_text(), str(file), "exec"), names)
+        watch = Watch()
+        watch.files = {str(file): shapes_in(file)}
+        with watch:
+            names["double"](torch.zeros(2, 3))
+
+    run("(N, B)")
+    for wrong in ("(B, N)", "(N, B, 1)", "(N, N)"):
+        with pytest.raises(AssertionError, match="y is"):
+            run(wrong)
+
+
+def test_axes_of_docstrings_are_in_the_legend_of_their_file():
+    """Single capitals in the shapes of a file's docstrings stand in its module docstring."""
+    for module in MODULES:
+        legend = inspect.getdoc(module)
+        if elsewhere := re.search(r"Axes as\s+in (\w+)\.py", legend):
+            other = sys.modules[elsewhere[1]]
+            legend += inspect.getdoc(other)
+        source = Path(module.__file__).read_text()
+        used = set()
+        for match in re.finditer(r"\((?:\w+|\.\.\.)(?:[ */+-]+\w+)*(?:, [\w */+-]+)+\)", source):
+            if '"' not in match[0] and "=" not in match[0]:
+                used |= set(re.findall(r"\b[A-Z]\b", match[0]))
+        missing = [axis for axis in sorted(used) if not re.search(rf"\b{axis}\b", legend)]
+        assert not missing, f"{module.__name__}: {missing} are not in the legend"

@@ -1,0 +1,217 @@
+"""Every command of README.md is run, the long ones on something smaller; its sample output, line
+counts and links are true. `python tests/test_readme.py` writes the line counts."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command_line
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GOLDEN = ROOT / "tests" / "golden"
+COUNT = re.compile(r"^\| `(\w+\.py)` \| (\d+) \|", re.MULTILINE)
+
+
+def blocks(language: str = "") -> list[str]:
+    """The README's blocks of code in a language; commands and output are in none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[str]:
+    """All commands, in blocks and in running text, one by one."""
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks())).splitlines()
+    lines += re.findall(r"`((?:python|pytest) [^`]+)`", README)
+    single = [part.split("  #")[0].strip() for line in lines for part in line.split(" && ")]
+    starts = ("python ", "pytest", "pip ", "ruff ", "bash ", "jupyter ")
+    return [part for part in dict.fromkeys(single) if part.startswith(starts)]
+
+
+def small(command: str, folder: Path) -> list[str]:
+    """What is run in place of a command: other files, fewer questions."""
+    for long, short in {
+        "photo.jpg": str(ROOT / "tiny" / "samples" / "busy.png"),
+        "llava-hf/llava-1.5-7b-hf": str(GOLDEN / "llava"),
+        "HuggingFaceTB/SmolVLM-256M-Instruct": str(GOLDEN / "smolvlm"),
+        "--model random256m": f"--model {GOLDEN / 'smolvlm'}",
+        "versus random256m": f"versus {GOLDEN / 'smolvlm'} --tokens 3 --runs 1",
+        "--max-new-tokens 64": "--max-new-tokens 2",
+        "path/to/file.py": str(ROOT / "tests" / "conformance" / "other.py"),
+        "RESULTS_FOLDER": str(folder / "results"),
+        " quantised": f" {folder / 'quantised'} --samples 2",
+        "--model quantised": f"--model {folder / 'quantised'}",
+        "figures/": f"{folder}/",
+        "tiny/overlay.png": str(folder / "overlay.png"),
+        "retrieved.png": str(folder / "retrieved.png"),
+        "bench.py accuracy": "bench.py accuracy --methods dense blind --questions 4 --seeds 2",
+        "bench.py needle": "bench.py needle --methods blind --clips 1",
+    }.items():
+        if long == " quantised" and "awq.py" not in command:
+            continue
+        command = command.replace(long, short)
+    if "--chat" in command or "--ask" in command:
+        command += " --max-new-tokens 4" if "--max-new-tokens" not in command else ""
+    return shlex.split(command)
+
+
+# Commands that other tests run, in small or in part, and the files of those.
+ELSEWHERE = {
+    "pip install -r requirements.txt": ".ci/run",
+    "pip install -r requirements-dev.txt": ".ci/run",
+    "ruff check .": ".ci/run",
+    "ruff format --check .": ".ci/run",
+    "pytest": ".ci/run",
+    "bash .ci/run": None,  # runs this test
+    "pytest tests/test_mutants.py": "tests/test_mutants.py",
+    "pytest tests/test_golden.py": "tests/test_golden.py",
+    "jupyter nbconvert --to notebook --execute --inplace "
+    "--ExecutePreprocessor.record_timing=False tutorial.ipynb": "tests/test_tutorial.py",
+    "python tests/golden/record.py": None,  # needs transformers; its output is what we test against
+    "python tests/test_readme.py": "tests/test_readme.py",
+    "python tiny/train.py": "tests/test_tiny.py",
+    "python bench.py load": "tests/test_families.py",
+    "python bench.py make smolvlm-256m random256m": "tests/test_families.py",
+    "python bench.py speed --figure figures/speed.png": "tests/test_bench.py",
+    "python kernels.py": "test_the_benchmark_of_the_kernels",
+    "python awq.py --bench": "test_the_benchmark_of_the_products",
+}
+HERE_RUN = [command for command in commands() if command not in ELSEWHERE]
+
+
+def test_the_list_of_commands_is_complete():
+    """Also that nothing is listed that the README no longer says, and that CI runs its own."""
+    assert set(ELSEWHERE) <= set(commands())
+    assert len(HERE_RUN) >= 12
+    ci = (ROOT / ".ci" / "run").read_text().replace(" --quiet", "")
+    for command, place in ELSEWHERE.items():
+        if place == ".ci/run":
+            assert command in ci
+        elif place and place.endswith(".py"):
+            assert (ROOT / place).is_file()
+        elif place:
+            assert place in globals()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With the results that `check` is pointed at."""
+    folder = tmp_path_factory.mktemp("readme")
+    run = [sys.executable, "-m", "tests.conformance.run", str(folder / "results")]
+    subprocess.run(run, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("command", HERE_RUN)
+def test_command(command, folder):
+    program, *arguments = small(command, folder)
+    stdin = "where is the 7?\n"
+    if arguments[0] in ("sparsevila.py", "bench.py"):
+        main = importlib.import_module(arguments[0].removesuffix(".py")).main
+        ran = command_line(main, *arguments[1:], stdin=stdin, cwd=ROOT)
+    else:
+        start = [sys.executable, *(["-m", "pytest", "-q"] if program == "pytest" else [])]
+        ran = subprocess.run(
+            start + arguments, cwd=ROOT, capture_output=True, text=True, input=stdin
+        )
+    if "versus" in arguments and not importlib.util.find_spec("transformers"):
+        assert ran.returncode == 2 and "No module named 'transformers'" in ran.stderr
+    else:
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout
+
+
+def test_the_python_example(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (example,) = blocks("python")
+    names: dict = {}
+    exec(example, names)
+    assert names["answer"].text == "orange, d3." and "orange, d3." in capsys.readouterr().out
+    assert names["session"].cache.length == len(names["session"].cache.visual) + 4
+
+
+def test_the_sample_output():
+    """As printed here, but for the times, and the path of the model."""
+    ran = subprocess.run([sys.executable, ROOT / "sparsevila.py"], capture_output=True, text=True)
+    (shown,) = (text for text in blocks() if text.startswith("[...]"))
+    assert ran.returncode == 0, ran.stderr
+    shown, printed = shown.splitlines(), ran.stdout.splitlines()
+    assert re.fullmatch(re.escape(shown[0]).replace(re.escape("[...]"), ".*"), printed[0])
+    assert len(shown) == len(printed)
+    for a, b in zip(shown[1:], printed[1:]):
+        if ", ms" in a or "tokens/s" in a:
+            a, b = (re.sub(r" +[\d.]+", "", line) for line in (a, b))
+        assert a == b
+
+
+def test_the_benchmark_of_the_kernels(monkeypatch, capsys):
+    import kernels
+
+    monkeypatch.setattr(kernels, "SHAPES", [("small", 1, 4, 2, 8, 16, 8, True)])
+    monkeypatch.setattr(kernels, "LENGTHS", (16, 32, 64))
+    monkeypatch.setattr(kernels, "_peaks", lambda new, gpu: (1e7, 1e8))
+    kernels.benchmark()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("decode_attention" in line for line in lines[:-1]) == 3 and lines[-1][0] == "{"
+
+
+def test_the_benchmark_of_the_products(monkeypatch, capsys):
+    import awq
+
+    monkeypatch.setattr(awq, "SHAPES", [("small", 256, 64)])
+    awq.benchmark()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("small: M" in line for line in lines[:-1]) == 3 and lines[-1][0] == "{"
+
+
+def line_count(name: str) -> int:
+    return len((ROOT / name).read_text(encoding="utf-8").splitlines())
+
+
+def test_line_counts():
+    found = {name: int(lines) for name, lines in COUNT.findall(README)}
+    assert len(found) == 6
+    right = {name: line_count(name) for name in found}
+    assert found == right, "python tests/test_readme.py writes them"
+
+
+@pytest.mark.parametrize(
+    "files", ["kernels", "awq", "model awq kernels", "sparsevila model awq kernels"]
+)
+def test_copied_files_work_alone(files, tmp_path):
+    """As "Copy" under "Files" says, in a folder of their own."""
+    names = files.split()
+    for name in names:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    command = [sys.executable, "-c", f"import {names[0]}; print({names[0]}.__file__)"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.strip()).parent == tmp_path
+
+
+def test_links_and_headings_are_there():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+    for link in links:
+        if link.startswith("#"):
+            assert link in anchors, link
+        elif not link.startswith("https://"):
+            path, _, _ = link.partition("#")
+            assert (ROOT / path).exists(), link
+
+
+def write_line_counts() -> None:
+    def row(match: re.Match) -> str:
+        return f"| `{match[1]}` | {line_count(match[1])} |"
+
+    (ROOT / "README.md").write_text(COUNT.sub(row, README), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_line_counts()
