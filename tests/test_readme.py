@@ -72,7 +72,6 @@ ELSEWHERE = {
     "pytest tests/test_golden.py": "tests/test_golden.py",
     "jupyter nbconvert --to notebook --execute --inplace "
     "--ExecutePreprocessor.record_timing=False tutorial.ipynb": "tests/test_tutorial.py",
-    "python tests/golden/record.py": None,  # needs transformers; its output is what we test against
     "python tests/test_readme.py": "tests/test_readme.py",
     "python tiny/train.py": "tests/test_tiny.py",
     "python bench.py load": "tests/test_families.py",
