@@ -23,6 +23,7 @@ L decoder layers, S edge of the tower's square pictures, n visual tokens of one 
 
 import json
 import math
+import platform
 import re
 import time
 import warnings
@@ -47,28 +48,34 @@ from kernels import attention_colsum, decode_attention
 
 # oneDNN's product, as torch.compile uses it; not in every build.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+MKL = torch.backends.mkl.is_available()
+CPUINFO = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` names the processor
+AMD = "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
 
 
 class Linear(nn.Linear):
     """x (..., inputs) -> x W^T + b (..., outputs).
 
     In float32 on a CPU nn.Linear calls MKL, which is slow on AMD's processors: half as fast as
-    oneDNN for many rows. With a single row, where reading W takes all the time, both read at a
-    fraction of what memory gives; MKL's batched product, W cut into 16 blocks of outputs, reads at
-    the speed of memory. Small layers do not earn back what these calls cost more (some 10 us).
+    oneDNN for many rows. With a single row, where reading W takes all the time, it uses one core.
+    MKL's batched product, W cut into blocks of outputs, uses all of them and reads at the speed of
+    memory: as W x on AMD's processors, as x W^T on Intel's; the other way round it is two to four
+    times slower. Small layers do not earn back what these calls cost more (some 10 us).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        W = self.weight
+        W, inputs = self.weight, self.in_features
         on_cpu = W.device.type == "cpu" and W.dtype == x.dtype == torch.float32
-        if not on_cpu or torch.is_grad_enabled():
+        if not on_cpu or W.numel() < 2**17 or torch.is_grad_enabled():
             return F.linear(x, W, self.bias)
-        if x.numel() == x.shape[-1] and W.numel() >= 2**15 and torch.backends.mkl.is_available():
-            blocks = W.unflatten(0, (math.gcd(len(W), 16), -1))  # (blocks, rows, inputs)
-            column = x.reshape(1, 1, -1).expand(len(blocks), 1, -1).mT  # (blocks, inputs, 1)
-            y = (blocks @ column).view(*x.shape[:-1], len(W))
+        if MKL and x.numel() == inputs:
+            n = math.gcd(len(W), 16)
+            blocks = W.view(n, -1, inputs)  # (n, rows, inputs)
+            row = x.reshape(1, 1, inputs).expand(n, 1, inputs)
+            y = torch.bmm(blocks, row.mT) if AMD else torch.bmm(row, blocks.mT)
+            y = y.view(*x.shape[:-1], len(W))
             return y if self.bias is None else y + self.bias
-        if ONEDNN_LINEAR and W.numel() >= 2**17:
+        if ONEDNN_LINEAR:
             return ONEDNN_LINEAR(x, W, self.bias, "none", [], "")
         return F.linear(x, W, self.bias)
 
@@ -732,21 +739,21 @@ def attend_uncached(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotary_table(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., T, D) float32 of the angles position * theta^(-2i/D) / factor, at positions
-    (..., T), i = 0 .. D/2 - 1. Each angle stands twice: pair i is the elements i and i + D/2 (the
-    "halves" layout of Llama checkpoints in Hugging Face's format)."""
+    """cos and +-sin (..., T, D) float32 of the angles position * theta^(-2i/D) / factor, at
+    positions (..., T), i = 0 .. D/2 - 1. Each angle stands twice: pair i is the elements i and
+    i + D/2 (the "halves" layout of Llama checkpoints in Hugging Face's format). The sine is
+    negative in the first half, as `rotate` wants it."""
     D = config.head_dim
     exponent = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
     frequency = config.rope_theta**-exponent / config.rope_factor  # (D/2,)
     angles = positions[..., None].float() * frequency  # (..., T, D/2)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair of x (B, heads, T, D) by its angle."""
-    a, b = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], -1) * sin.to(x.dtype)
+    """Turn every pair (a, b) of x (B, heads, T, D) by its angle: (a cos - b sin, b cos + a sin)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class DecoderAttention(nn.Module):
@@ -812,8 +819,8 @@ class Decoder(nn.Module):
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """embeddings (B, T, E) at positions (T,) or (B, 1, T) -> hidden states (B, T, E)."""
-        cos, sin = rotary_table(positions, self.config)
         x = embeddings
+        cos, sin = (table.to(x.dtype) for table in rotary_table(positions, self.config))
         for layer, block in enumerate(self.layers):
             x = block(x, layer, cos, sin, attend)
         return self.norm(x)
@@ -837,8 +844,24 @@ class VLM(nn.Module):
         self.projector = Projector(config)
         self.decoder = Decoder(config.text)
         self.lm_head = Linear(config.text.width, config.text.vocab, bias=False)
+        self.compiled: Callable | None = None  # Decoder.forward, see `compile_decoding`
         if config.text.tied:
             self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    def compile_decoding(self) -> None:
+        """Read single rows, the tokens of an answer that is, by torch.compile from now on: of a
+        layer only products and attention remain calls of their own, what stands between them is
+        fused. The first answer from a cache of each type takes longer, by some two seconds a layer;
+        results may differ in the last bits. Whatever has more rows is read as before.
+
+        Raises: RuntimeError where torch.compile does not work (on a CPU it needs a C++ compiler).
+        """
+        try:
+            torch.compile(torch.square)(torch.ones(64, device=self.device))
+        except Exception as error:  # of many kinds, none of them public
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise RuntimeError(f"torch.compile does not work here: {reason}") from error
+        self.compiled = torch.compile(Decoder.forward, dynamic=True)
 
     @classmethod
     def from_pretrained(
@@ -968,9 +991,12 @@ class VLM(nn.Module):
         if cache is None:
             return self.decoder(embeddings, positions.to(self.device), attend_uncached)
         length = cache.length
+        decoder = self.decoder
+        if self.compiled and len(positions) == 1:
+            decoder = partial(self.compiled, decoder)
         try:
             with torch.no_grad():
-                hidden = self.decoder(embeddings, positions.to(self.device), cache.attend)
+                hidden = decoder(embeddings, positions.to(self.device), cache.attend)
             cache.advance(positions)
             return hidden
         except BaseException:

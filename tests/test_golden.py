@@ -148,7 +148,7 @@ def layer(number):
 def rotate_interleaved(patch, vlm):
     def wrong(x, cos, sin):
         half = cos.shape[-1] // 2
-        cos, sin = cos[..., :half], sin[..., :half]
+        cos, sin = cos[..., half:], sin[..., half:]
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 

@@ -285,9 +285,11 @@ def test_gradients_flow_where_there_is_no_cache():
 
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (1, 1), (3,), (2, 40)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_the_same_product_by_any_library(rows, bias):
-    """In inference oneDNN's for large weights and MKL's in blocks for one row, the plain one where
-    gradients flow; against float64."""
+@pytest.mark.parametrize("amd", [False, True])
+def test_linear_is_the_same_product_by_any_library(rows, bias, amd, monkeypatch):
+    """In inference oneDNN's for large weights and MKL's in blocks for one row, in either order, the
+    plain one where gradients flow; against float64."""
+    monkeypatch.setattr(model, "AMD", amd)
     torch.manual_seed(0)
     for inputs, outputs in ((512, 256), (256, 512), (300, 500), (8, 8)):
         linear = model.Linear(inputs, outputs, bias=bias)
