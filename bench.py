@@ -519,14 +519,14 @@ def peak(device: torch.device) -> int:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per millisecond at which a large tensor is read and added up."""
+    """Bytes per millisecond at which a large tensor is read and added up: the best of a few."""
     big = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
     watch, times = Stopwatch(device), []
-    for _ in range(6):  # the first warms up
+    for _ in range(6):
         big.sum()
         watch.lap("sum")
         times.append(watch.milliseconds["sum"])
-    return big.nbytes / min(times[1:])
+    return big.nbytes / min(times)
 
 
 def decoder_bytes(model: VLM) -> int:
@@ -544,6 +544,17 @@ def leave_out_tower(model: VLM, pictures: int, n: int) -> None:
     features = torch.randn(pictures, n, width, dtype=model.dtype, **new)
     salience = torch.rand(pictures, n, **new)
     model.encode = lambda pixels: (features, salience)
+
+
+def compile_decoding(model: VLM, eager: bool) -> str:
+    """Compile the decoding of the model unless `eager`, or in vain; how it decodes."""
+    if eager:
+        return "eager"
+    try:
+        model.compile_decoding()
+    except RuntimeError as error:
+        return f"eager ({error})"
+    return "torch.compile"
 
 
 def speed(arguments: argparse.Namespace) -> dict:
@@ -566,12 +577,12 @@ def speed(arguments: argparse.Namespace) -> dict:
     model = random_model(replace(config, stop_ids=()), device, dtype)
     if arguments.quantised:
         quantise(model)
+    decoding = "CUDA graph" if device.type == "cuda" else compile_decoding(model, arguments.eager)
     n = tokens_each or config.visual_tokens
     pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
     if tokens_each:  # a tower that is not ours: features and salience from nowhere
         leave_out_tower(model, pictures, n)
-    script = Script(config, pictures)
-    bandwidth = read_bandwidth(device)
+    script, bandwidths = Script(config, pictures), []
     kinds = {"dense": Dense, "sparse": SparseVILA}
     runs: dict[str, list[dict]] = {name: [] for name in kinds}
     theirs = Transformers(model, script, pictures * n) if arguments.versus else None
@@ -581,17 +592,20 @@ def speed(arguments: argparse.Namespace) -> dict:
         for name, kind in kinds.items():
             run, made[name] = run_once(kind(model, script, **settings), pictures, tokens)
             runs[name].append(run)
+        bandwidths.append(read_bandwidth(device))
         if theirs:
             theirs.run(made["dense"])
         show_progress(number, arguments.runs)
     runs = {name: each[1:] for name, each in runs.items()}
     result = {
         "machine": machine(), "preset": arguments.preset, "precision": model.precision,
-        "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
+        "decoding": decoding, "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
         "answer_tokens": answer_tokens, "runs": arguments.runs, "tower": not tokens_each,
         **settings,
     }  # fmt: skip
+    bandwidth = statistics.median(bandwidths[1:])
     result |= summarise(runs, answer_tokens, decoder_bytes(model), bandwidth)
+    result["read_bandwidth_range_gb_per_s"] = [f(bandwidths[1:]) / 1e6 for f in (min, max)]
     return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
 
 
@@ -707,8 +721,8 @@ def print_speed(result: dict) -> None:
     print(
         f"{result['preset']}, {result['precision']}, {result['visual_tokens']:,} visual tokens, "
         f"question of {result['question_tokens']}, answer of {result['answer_tokens']}; sparsity "
-        f"{result['prefill_sparsity']:.0%} / {result['decode_sparsity']:.0%}; medians of "
-        f"{result['runs']} runs in turn (least to most)\n"
+        f"{result['prefill_sparsity']:.0%} / {result['decode_sparsity']:.0%}; decoding: "
+        f"{result['decoding']}; medians of {result['runs']} runs in turn (least to most)\n"
     )
 
     def cell(name: str, key: str) -> str:
@@ -731,9 +745,11 @@ def print_speed(result: dict) -> None:
     for label, key in (("decode, ms a token", "decode a token"), ("  its bound, ms", "bound")):
         line(label, *(f"{one[key]:.2f}" for one in (dense, sparse)))
     line("  bound reached", *(f"{one['reached']:.0%}" for one in (dense, sparse)))
+    least, most = result["read_bandwidth_range_gb_per_s"]
     print(
         f"\nbound: decoder weights ({result['decoder_weight_bytes'] / 1e6:.0f} MB) and KV read, at "
-        f"{result['read_bandwidth_gb_per_s']:.1f} GB/s, measured"
+        f"{result['read_bandwidth_gb_per_s']:.1f} GB/s, measured after every run "
+        f"({least:.1f} to {most:.1f})"
     )
     print(
         f"prefill {result['prefill_speedup']:.2f} x (with salience and prune), "
@@ -1078,6 +1094,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     timing.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
     timing.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
     timing.add_argument("--quantised", action="store_true", help="four-bit decoder, int8 tower")
+    timing.add_argument(
+        "--eager", action="store_true", help="on a CPU: decode without torch.compile"
+    )
     timing.add_argument("--runs", type=positive, default=5, help="of each, in turn (default: 5)")
     timing.add_argument("--device", help="default: cuda if there is one, else cpu")
     timing.add_argument(

@@ -34,6 +34,9 @@ def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(printed[-1])
     assert result["visual_tokens"] == 3 * 64 and result["answer_tokens"] == 5
+    assert result["decoding"].startswith(("torch.compile", "eager (torch.compile does not work"))
+    least, most = result["read_bandwidth_range_gb_per_s"]
+    assert 0 < least <= result["read_bandwidth_gb_per_s"] <= most
     row = 3 * 2 * 2 * 32 * 4  # bytes of a row's keys and values in all layers
     # Three frames keep 16 of 64 each; floor(0.9 * 48) of them are left out in decoding.
     for name, visual in (("dense", 192), ("sparse", 48 - 43)):
@@ -47,6 +50,17 @@ def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
     assert any(line.startswith("prefill ") for line in printed)
     bench.draw_speed(result, str(tmp_path / "speed.png"))
     assert Image.open(tmp_path / "speed.png").width > 600
+
+
+def test_decoding_is_compiled_unless_it_cannot_be(small_model, monkeypatch):
+    """And is left alone if asked for."""
+    assert bench.compile_decoding(small_model, eager=True) == "eager"
+    assert small_model.compiled is None
+    failed = RuntimeError("torch.compile does not work here: no C++ compiler")
+    monkeypatch.setattr(bench.VLM, "compile_decoding", lambda model: (_ for _ in ()).throw(failed))
+    assert bench.compile_decoding(small_model, eager=False) == f"eager ({failed})"
+    monkeypatch.setattr(bench.VLM, "compile_decoding", lambda model: None)
+    assert bench.compile_decoding(small_model, eager=False) == "torch.compile"
 
 
 def test_figures_follow_from_the_medians():
