@@ -107,7 +107,8 @@ def attention_colsum_reference(
     colsum = q.new_zeros(B, G, H // G, N, dtype=torch.float32)
     for b, rows, scores in _score_chunks(q, k, causal, scale):
         if lse is None:
-            weights = torch.softmax(scores, -1, out=scores)  # (G, H/G, m, n), in place
+            in_place = None if scores.requires_grad else scores
+            weights = torch.softmax(scores, -1, out=in_place)  # (G, H/G, m, n)
         else:
             weights = scores.sub_(lse[b, :, rows].unflatten(0, (G, H // G))[..., None]).exp_()
         colsum[b, ..., : weights.shape[-1]] += weights.sum(-2)

@@ -219,6 +219,19 @@ def test_colsum_of_a_long_sequence_stays_within_its_memory():
     assert chunks == 2 * 32
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_gradients_flow_through_the_column_sums(given):
+    """Of the PyTorch path, for those who train a tower's salience; beside float64's."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 4, 5, 8).requires_grad_(), torch.randn(2, 2, 7, 8).requires_grad_())
+    lse = kernels.attention_lse_reference(q, k, causal=True) if given else None
+    kernels.attention_colsum_reference(q, k, causal=True, lse=lse).square().sum().backward()
+    got, q.grad, k.grad = (q.grad, k.grad), None, None
+    softmax64(q, k, True)[1].sum(-2).square().sum().backward()
+    for a, b in zip(got, (q.grad, k.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_without_triton_every_operation_takes_the_pytorch_path():
     """As on macOS and Windows, where there is no Triton: `import triton` fails."""
     program = """
