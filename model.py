@@ -59,8 +59,9 @@ class Linear(nn.Linear):
     In float32 on a CPU nn.Linear calls MKL, which is slow on AMD's processors: half as fast as
     oneDNN for many rows. With a single row, where reading W takes all the time, it uses one core.
     MKL's batched product, W cut into blocks of outputs, uses all of them and reads at the speed of
-    memory: as W x on AMD's processors, as x W^T on Intel's; the other way round it is two to four
-    times slower. Small layers do not earn back what these calls cost more (some 10 us).
+    memory: as W x on AMD's processors, as x W^T by the code that MKL has for Intel's (which was
+    measured on an AMD, made to run it); the other way round it is up to four times slower. Small
+    layers do not earn back what these calls cost more (some 10 us).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -849,10 +850,10 @@ class VLM(nn.Module):
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
     def compile_decoding(self) -> None:
-        """Read single rows, the tokens of an answer that is, by torch.compile from now on: of a
-        layer only products and attention remain calls of their own, what stands between them is
-        fused. The first answer from a cache of each type takes longer, by some two seconds a layer;
-        results may differ in the last bits. Whatever has more rows is read as before.
+        """Read single rows, that is the tokens of an answer, by torch.compile from now on: all that
+        a layer does beside attention is fused into a few loops. The first answer from a cache of
+        each type takes longer, by some two seconds a layer; results may differ in the last bits.
+        Whatever has more rows is read as before.
 
         Raises: RuntimeError where torch.compile does not work (on a CPU it needs a C++ compiler).
         """
