@@ -44,6 +44,7 @@ import baselines
 import model as model_file
 from kernels import decode_attention
 from model import (
+    CPUINFO,
     VLM,
     Config,
     KVCache,
@@ -69,9 +70,8 @@ def show_progress(done: int, total: int) -> None:
 def machine() -> str:
     """Processor, cores, torch and date, in one line."""
     name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
+    if CPUINFO.exists():
+        lines = CPUINFO.read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     if torch.cuda.is_available():
         name += f", {torch.cuda.get_device_name()}"

@@ -4,6 +4,7 @@ asserted."""
 import json
 import math
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -57,9 +58,9 @@ def test_decoding_is_compiled_unless_it_cannot_be(small_model, monkeypatch):
     assert bench.compile_decoding(small_model, eager=True) == "eager"
     assert small_model.compiled is None
     failed = RuntimeError("torch.compile does not work here: no C++ compiler")
-    monkeypatch.setattr(bench.VLM, "compile_decoding", lambda model: (_ for _ in ()).throw(failed))
+    monkeypatch.setattr(bench.VLM, "compile_decoding", Mock(side_effect=failed))
     assert bench.compile_decoding(small_model, eager=False) == f"eager ({failed})"
-    monkeypatch.setattr(bench.VLM, "compile_decoding", lambda model: None)
+    monkeypatch.setattr(bench.VLM, "compile_decoding", Mock())
     assert bench.compile_decoding(small_model, eager=False) == "torch.compile"
 
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sparsevila import Dense, RetrievalCache, SparseVILA
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler"
 )
+check_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,12 @@ def test_compiled_sessions_give_the_same_answers(pair, kind):
     assert [a.token_ids for a in got] == [a.token_ids for a in expected]
     assert len(expected[1].token_ids) == 300  # beyond every buffer's first capacity
     for a, b in zip(logits, others, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        check_close(a, b)
     assert compiled.cache.filled == eager.cache.filled
     assert compiled.cache.next_position == eager.cache.next_position
     for layer, N in enumerate(eager.cache.filled):
         for a, b in ((eager.cache.k, compiled.cache.k), (eager.cache.v, compiled.cache.v)):
-            torch.testing.assert_close(a[layer][:, :, :N], b[layer][:, :, :N], rtol=1e-3, atol=1e-4)
+            check_close(a[layer][:, :, :N], b[layer][:, :, :N])
     if kind is SparseVILA:
         for a, b in zip(expected, got, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a.retrieved, b.retrieved, strict=True))
@@ -81,7 +83,7 @@ def test_a_copy_decodes_with_its_own_weights(pair):
         cache = KVCache(2)
         each(each.embed([5, 6, 7]), cache)
         logits.append(each(each.embed([8]), cache))
-    torch.testing.assert_close(logits[1], logits[2], rtol=1e-3, atol=1e-4)
+    check_close(logits[1], logits[2])
     assert (logits[0] - logits[2]).abs().max() > 0.1
 
 
