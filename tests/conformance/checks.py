@@ -355,8 +355,9 @@ def eight_codes_in_an_integer(lab: Lab) -> None:
 @checks("unpack")
 def every_nibble_comes_back(lab: Lab) -> None:
     words = oracle.pack(codes(lab, 1, 5, 48).tolist()) + [[-1, 0, 1, -(2**31), 2**31 - 1, 7]]
-    packed = torch.tensor(words, dtype=torch.int32, device=lab.device)
-    same(lab.unpack(packed), oracle.unpack(words), "codes")
+    got = lab.unpack(torch.tensor(words, dtype=torch.int32, device=lab.device))
+    assert got.dtype == torch.int8, f"must be int8, got {got.dtype}"
+    same(got, oracle.unpack(words), "codes")
 
 
 def packed_weights(lab: Lab, seed: int, K: int, N: int, group: int) -> tuple[Tensor, ...]:
@@ -419,6 +420,13 @@ def product_error(K: int, dtype: torch.dtype, rounded: bool = True) -> float:
     return gamma(K + 1) + sixteen_bits + (U16 if rounded else 0.0)
 
 
+@checks("quantize_groups")
+def codes_and_zeros_are_int8_scales_float16_groups_of_128(lab: Lab) -> None:
+    got = lab.quantize_groups(lab.normal(0, 3, 256, dtype=torch.float32))
+    same([t.dtype for t in got], [torch.int8, torch.float16, torch.int8], "dtypes")
+    same([list(t.shape) for t in got], [[3, 256], [3, 2], [3, 2]], "shapes")
+
+
 @checks("w4a16_matmul")
 def products_with_packed_weights(lab: Lab) -> None:
     for K, N, group in GROUPS:
@@ -459,9 +467,12 @@ def products_with_weights_that_need_no_rounding(lab: Lab) -> None:
 class Session:
     """A RetrievalCache beside float64 books of everything it was told."""
 
-    def __init__(self, lab: Lab, sparsity: float, seed: int = 0, layers: int = 2):
+    def __init__(
+        self, lab: Lab, sparsity: float, seed: int = 0, layers: int = 2,
+        heads: tuple[int, int] = (4, 2), head_dim: int = 16,
+    ):  # fmt: skip
         self.lab, self.sparsity, self.layers = lab, sparsity, layers
-        self.H, self.G, self.D = 4, 2, 16
+        (self.H, self.G), self.D = heads, head_dim
         self.cache = lab.RetrievalCache(layers, sparsity)
         self.visual = [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16]  # row 10 is text between
         self.cache.visual = torch.tensor(self.visual, device=lab.device)
@@ -573,18 +584,27 @@ def layers_choose_for_themselves(lab: Lab) -> None:
     assert len(choices) > 1, "all layers retrieve the same rows"
 
 
+@checks("RetrievalCache")
+def other_numbers_and_sizes_of_heads(lab: Lab) -> None:
+    for heads, head_dim in (((6, 2), 40), ((3, 3), 64), ((4, 1), 8)):
+        session = Session(lab, 0.5, seed=200, heads=heads, head_dim=head_dim)
+        session.attend(18, what="context")
+        what = f"{heads[0]} heads over {heads[1]} of {head_dim}"
+        session.attend(1, session.question(3, what), f"{what}: answer")
+
+
 # --- the whole session ----------------------------------------------------------------------------
 
 
 @checks("SparseVILA")
-def a_conversation_with_the_tiny_model(lab: Lab) -> None:
-    """Salience, kept, relevance, retrieved, packed rows, logits and tokens of two turns, as
+def conversations_with_the_tiny_model(lab: Lab) -> None:
+    """Salience, kept, relevance, retrieved, packed rows, logits and tokens of every turn, as
     recorded in float64. The model is in float32."""
     if torch.float32 not in lab.dtypes:
         raise NotImplementedError("the tiny model is in float32")
     manifest, vectors = expectations()
-    (case,) = (case for case in manifest if case["operation"] == "SparseVILA")
-    got = session(lab.SparseVILA, **case["parameters"], device=lab.device)
-    for name, place in case["outputs"].items():
-        words = fault(got[name].cpu(), place, vectors)
-        assert words is None, f"{name}: {words}"
+    for case in (case for case in manifest if case["operation"] == "SparseVILA"):
+        got = session(lab.SparseVILA, **case["parameters"], device=lab.device)
+        for name, place in case["outputs"].items():
+            words = fault(got[name].cpu(), place, vectors)
+            assert words is None, f"{len(case['parameters']['pictures'])} pictures, {name}: {words}"

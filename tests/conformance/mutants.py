@@ -235,6 +235,11 @@ def quantize_to_floor(weight, group_size=128):
     return codes.flatten(1).to(torch.int8), scales, zeros
 
 
+def quantize_to_float_zeros(weight, group_size=128):
+    codes, scales, zeros = awq.quantize_groups(weight, group_size)
+    return codes, scales, zeros.half()
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 
@@ -254,6 +259,13 @@ class SumOverHeads(RetrievalCache):
 
     def score(self, q, k):
         return super().score(q, k) * q.shape[1]
+
+
+class ScaledForSixteen(RetrievalCache):
+    def score(self, q, k):
+        _, H, M, _ = q.shape
+        received = kernels.attention_colsum(q, k, causal=True, scale=0.25)[0].sum(0)
+        return received[self.visual] / (H * M)
 
 
 class OneIndexSet(RetrievalCache):
@@ -430,6 +442,20 @@ class SparseFirstTokenSession(SparseVILA):
     cache_type = SparseFirstToken
 
 
+class OneSetting(SparseVILA):
+    """The sparsities asked for are ignored."""
+
+    def __init__(self, model, processor, *, prefill_sparsity=0.75, decode_sparsity=0.9):
+        super().__init__(model, processor, prefill_sparsity=0.75, decode_sparsity=0.9)
+
+
+class FirstPictureForAll(SparseVILA):
+    """Every picture keeps the tokens that are salient in the first."""
+
+    def prune(self, features, salience):
+        return super().prune(features, salience[:1].expand_as(salience))
+
+
 # --- the list -------------------------------------------------------------------------------------
 
 CORRECT = {  # where nothing is changed
@@ -506,6 +532,7 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
     "unpack": {
         "natural nibble order when unpacking": unpack_naturally,
         "sign of the top nibble": unpack_signed,
+        "codes unpacked to int32": lambda packed: awq.unpack(packed).int(),
     },
     "dequantize": {
         "zero plus one": partial(dequantize_with, plus=1),
@@ -515,6 +542,10 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
     "quantize_groups": {
         "a range without zero": quantize_one_sided,
         "codes rounded down": quantize_to_floor,
+        "groups of 64 unless told otherwise": lambda weight, group_size=64: awq.quantize_groups(
+            weight, group_size
+        ),
+        "zeros as float16": quantize_to_float_zeros,
     },
     "w4a16_matmul": {
         "zero plus one in the product": partial(
@@ -541,6 +572,7 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
         "rows deleted for later questions": DeletesForGood,
         "truncate leaves the packed buffer": StaleTruncate,
         "truncate off by one": OffByOneTruncate,
+        "relevance scaled for heads of 16": ScaledForSixteen,
     },
     "SparseVILA": {
         "positions shifted by one after pruning": PositionsShifted,
@@ -549,5 +581,7 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
         "decode sparsity as a share of all tokens": SparsityOfAllTokens,
         "an evicted turn still there": NeverForgets,
         "first answer token computed sparsely, in a session": SparseFirstTokenSession,
+        "settings ignored": OneSetting,
+        "the first picture's salience for all": FirstPictureForAll,
     },
 }

@@ -45,7 +45,7 @@ def run_cache(
 
 
 def session(
-    kind: type, picture: str, questions: list[str], device: str = "cpu", **settings: float
+    kind: type, pictures: list[str], questions: list[str], device: str = "cpu", **settings: float
 ) -> dict[str, Tensor]:
     """A conversation with the tiny model: `kind` is SparseVILA, or a class like it. Every turn is
     forgotten before the next."""
@@ -53,10 +53,10 @@ def session(
 
     model, processor = load(ROOT / "tiny", device=device)
     made = kind(model, processor, **settings)
-    image = open_picture(ROOT / picture)
-    results = {"salience": model.encode(processor.pixels([image]))[1][0]}
-    made.see(image)
-    results["kept"] = made.kept[0]
+    images = [open_picture(ROOT / name) for name in pictures]
+    results = {"salience": model.encode(processor.pixels(images))[1]}
+    made.see(images)
+    results["kept"] = made.kept
     logits: list[Tensor] = []
     model.lm_head.register_forward_hook(lambda module, inputs, out: logits.append(out.clone()))
     for turn, question in enumerate(questions):
