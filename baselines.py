@@ -6,7 +6,7 @@
     FastV, SparseVLM                                   tokens dropped inside the decoder
     FirstTurnOracle                                    the best tokens for the first answer
     RandomSalience, RandomRetrieval, MeanSalience,     SparseVILA with one thing changed
-    OneIndexSet, VisualSoftmax, Reselect
+    OneIndexSet, VisualSoftmax, Reselect, ReselectEveryTwo
 
 `prefill_sparsity` says how many tokens a method may keep: keep_count(n, sparsity) of n. Where a
 definition cannot give that number exactly, `session.stats` and `Answer.retrieved` have what came
@@ -551,3 +551,15 @@ class Reselect(SparseVILA):
     """Retrieves anew every eight tokens of an answer, by the attention of those eight."""
 
     cache_type = ReselectCache
+
+
+class ReselectEveryTwoCache(ReselectCache):
+    """See `ReselectEveryTwo`."""
+
+    every = 2
+
+
+class ReselectEveryTwo(SparseVILA):
+    """Retrieves anew every two tokens, for answers too short to show what eight do."""
+
+    cache_type = ReselectEveryTwoCache

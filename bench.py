@@ -13,9 +13,11 @@ FOLDER`. Axes as in model.py.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -55,10 +57,17 @@ from model import (
     VisionConfig,
     load,
 )
-from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
+from sparsevila import (
+    Dense,
+    RetrievalCache,
+    SparseVILA,
+    check_sparsity,
+    drop_output_that_cannot_be_written,
+)
 from tiny.evaluate import Method, find_needle, measure
 
 HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
 
 
 def show_progress(done: int, total: int) -> None:
@@ -67,14 +76,14 @@ def show_progress(done: int, total: int) -> None:
     print(f"\r{done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
-def machine() -> str:
-    """Processor, cores, torch and date, in one line."""
+def machine(device: torch.device = CPU) -> str:
+    """Processor, cores, the GPU that is used, torch and date, in one line."""
     name = platform.processor() or platform.machine()
     if CPUINFO.exists():
         lines = CPUINFO.read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    if torch.cuda.is_available():
-        name += f", {torch.cuda.get_device_name()}"
+    if device.type == "cuda":
+        name += f", {torch.cuda.get_device_name(device)}"
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
 
 
@@ -288,8 +297,10 @@ PRESETS = {
         ),
         5,
     ),
-    # one picture of 1920 x 1080
-    "qwen2.5-vl-7b": Preset(Config(_SIGLIP_SO400M, _QWEN2_7B), 1, tokens=2691),
+    # one picture of 1920 x 1080; the tower is never called
+    "qwen2.5-vl-7b": Preset(
+        Config(replace(_SIGLIP_SO400M, layers=1, feature_layer=-1), _QWEN2_7B), 1, tokens=2691
+    ),
     # the whole and sixteen tiles: 1,088 visual tokens
     "smolvlm-256m": Preset(
         Config(
@@ -323,33 +334,69 @@ PRESETS = {
 QUESTION_TOKENS = 32
 
 
-def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 0) -> VLM:
-    """Weights of size 1 / sqrt(inputs), norms of 1, biases of 0: finite whatever the depth."""
+def random_model(
+    config: Config, device: torch.device, dtype: torch.dtype, *, quantised: bool = False
+) -> VLM:
+    """Weights of size 1 / sqrt(inputs), norms of 1, biases of 0: finite whatever the depth.
+
+    quantised: the decoder's blocks are rounded to four bits and the tower's to eight, as awq.py
+    would leave them (which numbers are in the weights makes no difference to the time), each as
+    soon as it is made: the whole model is never there in full precision.
+    """
     with torch.device("meta"):
         model = VLM(config)
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    model = model.to(dtype).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def fill(part: torch.nn.Module) -> None:
+        for module in part.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device=device, recurse=False)
+                for name, weight in module.named_parameters(recurse=False):
+                    if weight.dim() > 1:
+                        weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
+                    else:  # of a norm, or a bias
+                        weight.fill_(float(name == "weight"))
+
+    for blocks, rounded in (
+        (model.decoder.layers, four_bits),
+        (model.vision_tower.layers, awq.W8A8Linear.from_linear),
+    ):
+        for block in blocks:
+            fill(block)
+            if quantised:
+                awq.replace_linears(block, rounded)
+    fill(model)
     if config.text.tied:  # which `to_empty` undoes
         model.lm_head.weight = model.decoder.embed_tokens.weight
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1:
-            weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
-        else:
-            weight.fill_(float("norm" in name and name.endswith("weight")))
     return model
 
 
-def quantise(model: VLM) -> None:
-    """Round the decoder's blocks to four bits and the tower's to eight, as awq.py would leave them:
-    which numbers are in the weights makes no difference to the time."""
+def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
+    """A decoder's linear layer in four bits."""
+    return awq.W4A16Linear.from_linear(linear, math.gcd(128, linear.in_features))
 
-    def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
-        return awq.W4A16Linear.from_linear(linear, math.gcd(128, linear.in_features))
 
-    for block in model.decoder.layers:
-        awq.replace_linears(block, four_bits)
-    for block in model.vision_tower.layers:
-        awq.replace_linears(block, awq.W8A8Linear.from_linear)
+def check_memory(config: Config, dtype: torch.dtype, tokens: int, quantised: bool) -> None:
+    """Raise ValueError if less is free than a dense run on a CPU needs at least: weights, keys and
+    values of so many tokens, and their activations in one block."""
+    with torch.device("meta"):
+        model = VLM(config)
+    text, size = config.text, dtype.itemsize
+    blocks = {p for p in model.decoder.layers.parameters() if p.dim() > 1}
+    rounded = {p for p in model.vision_tower.layers.parameters() if p.dim() > 1}
+    needed = tokens * size * (2 * text.layers * text.kv_heads * text.head_dim + 2 * text.mlp)
+    for weight in model.parameters():
+        share = 0.5 / size if weight in blocks else 1 / size if weight in rounded else 1
+        needed += weight.numel() * size * (share if quantised else 1)
+    meminfo = Path("/proc/meminfo")  # Linux
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:") and needed > (free := 1024 * int(line.split()[1])):
+            raise ValueError(
+                f"this needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose "
+                "a smaller --preset or --visual-tokens, or --quantised, --dtype or --device"
+            )
 
 
 class Script(Processor):
@@ -409,7 +456,7 @@ class StaticStep:
         self.token = torch.tensor([first], **new)
         self.state = [self.token, self.position, *self.rows]
         for each in self.caches:
-            for layer, length in enumerate(each.filled):  # room for the rows to come
+            for layer, length in enumerate(each.filled):  # make room for the rows to come
                 k, v = (
                     b[:, :, :1].expand(-1, -1, steps, -1) for b in (each.k[layer], each.v[layer])
                 )
@@ -498,7 +545,7 @@ def run_once(session: SparseVILA, pictures: int, tokens: int) -> tuple[dict[str,
     run["first token"] = run["end to end"] - run["decode"]
     buffers = [*cache.k, *cache.v]
     row = sum(buffer[:, :, 0].nbytes for buffer in buffers)
-    run["bytes attended"] = answer.kv_bytes_per_token + row * (tokens - 1) / 2
+    run["bytes attended"] = answer.kv_bytes_per_token + row * tokens / 2  # each row is read too
     if isinstance(cache, RetrievalCache):
         buffers += [*cache.packed.k, *cache.packed.v]
     run["bytes held"] = sum(buffer.nbytes for buffer in buffers)
@@ -510,7 +557,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
 
 
 def peak(device: torch.device) -> int:
@@ -559,90 +606,132 @@ def compile_decoding(model: VLM, eager: bool) -> str:
 
 def speed(arguments: argparse.Namespace) -> dict:
     """Dense and sparse in turn on one random model: the figures of `python bench.py speed`. Raises:
-    ValueError for options that mean nothing."""
+    ValueError for options that mean nothing, or a model that does not fit."""
     config, pictures, tokens_each = PRESETS[arguments.preset]
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
-    answer_tokens = arguments.answer_tokens
-    settings = {
-        "prefill_sparsity": arguments.prefill_sparsity,
-        "decode_sparsity": arguments.decode_sparsity,
-    }
-    for name, sparsity in settings.items():
-        check_sparsity(name, sparsity)
-    if answer_tokens < 2:
-        raise ValueError("--answer-tokens must be at least 2, for there to be a decoding step")
-    if arguments.versus and arguments.quantised:
-        raise ValueError("--versus compares weights that are not quantised: leave out --quantised")
-    model = random_model(replace(config, stop_ids=()), device, dtype)
-    if arguments.quantised:
-        quantise(model)
-    decoding = "CUDA graph" if device.type == "cuda" else compile_decoding(model, arguments.eager)
+    sparsity = ("prefill_sparsity", "decode_sparsity")
+    settings = {name: getattr(arguments, name) for name in sparsity}
     n = tokens_each or config.visual_tokens
     pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
+    script = Script(config, pictures)
+    check_speed(arguments, settings, device, len(script.context([pictures * n])))
+    if device.type == "cpu":
+        check_memory(config, dtype, pictures * n, arguments.quantised)
+    model = random_model(replace(config, stop_ids=()), device, dtype, quantised=arguments.quantised)
+    decoding = "CUDA graph" if device.type == "cuda" else compile_decoding(model, arguments.eager)
     if tokens_each:  # a tower that is not ours: features and salience from nowhere
         leave_out_tower(model, pictures, n)
-    script, bandwidths = Script(config, pictures), []
-    kinds = {"dense": Dense, "sparse": SparseVILA}
-    runs: dict[str, list[dict]] = {name: [] for name in kinds}
     theirs = Transformers(model, script, pictures * n) if arguments.versus else None
+    kinds = {"dense": Dense, "sparse": SparseVILA}
+    rounds: list[dict[str, dict]] = []
+    bandwidths = []
     for number in range(arguments.runs + 1):
-        tokens = answer_tokens if number else 2  # the first round warms up
-        made = {}
-        for name, kind in kinds.items():
-            run, made[name] = run_once(kind(model, script, **settings), pictures, tokens)
-            runs[name].append(run)
+        tokens = arguments.answer_tokens if number else 2  # the first round warms up
+        runs, made = {}, {}
+        for name in list(kinds)[:: -1 if number % 2 else 1]:  # neither is always first
+            session = kinds[name](model, script, **settings)
+            runs[name], made[name] = run_once(session, pictures, tokens)
+        rounds.append(runs)
         bandwidths.append(read_bandwidth(device))
         if theirs:
             theirs.run(made["dense"])
         show_progress(number, arguments.runs)
-    runs = {name: each[1:] for name, each in runs.items()}
     result = {
-        "machine": machine(), "preset": arguments.preset, "precision": model.precision,
+        "machine": machine(device), "preset": arguments.preset, "precision": model.precision,
         "decoding": decoding, "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
-        "answer_tokens": answer_tokens, "runs": arguments.runs, "tower": not tokens_each,
+        "answer_tokens": arguments.answer_tokens, "runs": arguments.runs, "tower": not tokens_each,
         **settings,
     }  # fmt: skip
-    bandwidth = statistics.median(bandwidths[1:])
-    result |= summarise(runs, answer_tokens, decoder_bytes(model), bandwidth)
-    result["read_bandwidth_range_gb_per_s"] = [f(bandwidths[1:]) / 1e6 for f in (min, max)]
+    if decoding == "torch.compile":  # when the first round decodes
+        result["compile_seconds"] = sum(run["decode"] for run in rounds[0].values()) / 1000
+    weights = decoder_bytes(model)
+    result |= summarise(rounds[1:], arguments.answer_tokens, weights, bandwidths[1:])
     return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
 
 
-def summarise(runs: dict[str, list[dict]], tokens: int, weights: int, bandwidth: float) -> dict:
-    """Medians with the least and the most, and what follows from the medians. weights: bytes;
-    bandwidth: bytes per millisecond."""
+def check_speed(
+    arguments: argparse.Namespace, settings: dict, device: torch.device, context: int
+) -> None:
+    """Raise ValueError or ImportError, before anything is made, for options that mean nothing."""
+    for name, sparsity in settings.items():
+        check_sparsity(name, sparsity)
+    if arguments.answer_tokens < 2:
+        raise ValueError("--answer-tokens must be at least 2, for there to be a decoding step")
+    rows = context + QUESTION_TOKENS + arguments.answer_tokens
+    most = PRESETS[arguments.preset].config.text.max_positions
+    if rows > most:
+        raise ValueError(f"context, question and answer are {rows:,} tokens, at most {most:,} fit")
+    if arguments.eager and device.type == "cuda":
+        raise ValueError("--eager is for a CPU: a GPU decodes by a CUDA graph")
+    if arguments.versus and arguments.quantised:
+        raise ValueError("--versus compares weights that are not quantised: leave out --quantised")
+    if arguments.versus:
+        importlib.import_module(arguments.versus)
+
+
+def summarise(
+    rounds: list[dict[str, dict]], tokens: int, weights: int, bandwidths: list[float]
+) -> dict:
+    """Medians with the least and the most, and what follows from the medians; of ratios and of the
+    bound's share also the least and the most of a round. rounds: a dense and a sparse run each;
+    weights: bytes; bandwidths: bytes per millisecond, after each round."""
     spread = {
-        name: {
-            key: [f(run[key] for run in each) for f in (statistics.median, min, max)]
-            for key in each[0]
-        }
-        for name, each in runs.items()
+        name: {key: _spread([runs[name][key] for runs in rounds]) for key in rounds[0][name]}
+        for name in ("dense", "sparse")
     }
-    dense, sparse = ({key: value[0] for key, value in spread[name].items()} for name in runs)
-    for one in (dense, sparse):
+    dense, sparse = ({key: value[0] for key, value in each.items()} for each in spread.values())
+    bandwidth, least, most = _spread(bandwidths)
+    for name, one in (("dense", dense), ("sparse", sparse)):
         one["decode a token"] = one["decode"] / (tokens - 1)
         one["bound"] = (weights + one["bytes attended"]) / bandwidth
         one["reached"] = one["bound"] / one["decode a token"]
+        shares = [
+            (weights + runs[name]["bytes attended"]) / rate / (runs[name]["decode"] / (tokens - 1))
+            for runs, rate in zip(rounds, bandwidths)
+        ]
+        one["reached_range"] = [min(shares), max(shares)]
     saved = dense["decode a token"] - sparse["decode a token"]
-
-    def break_even(stages: tuple[str, ...]) -> float | None:
-        """Answer tokens after which what sparsity costs in these stages is earned back; None if a
-        decoding step is no faster."""
-        cost = sum(sparse[stage] - dense[stage] for stage in stages)
-        return max(cost, 0.0) / saved if saved > 0 else None
-
-    before, during = ("salience", "prune", "prefill"), ("scoring", "packing", "decode")
-    return {
-        "read_bandwidth_gb_per_s": bandwidth / 1e6, "decoder_weight_bytes": weights,
-        "milliseconds_and_bytes": spread, "dense": dense, "sparse": sparse,
-        "prefill_speedup": _ratio(dense, sparse, before),
-        "decode_speedup": _ratio(dense, sparse, during),
-        "first_token_speedup": _ratio(dense, sparse, ("first token",)),
-        "end_to_end_speedup": _ratio(dense, sparse, ("end to end",)),
-        "break_even_tokens_first_question": break_even(STAGES[:-1]),
-        "break_even_tokens_later_questions": break_even(("question", "scoring", "packing")),
+    result = {
+        "read_bandwidth_gb_per_s": bandwidth / 1e6,
+        "read_bandwidth_range_gb_per_s": [least / 1e6, most / 1e6],
+        "decoder_weight_bytes": weights, "milliseconds_and_bytes": spread, "dense": dense,
+        "sparse": sparse,
     }  # fmt: skip
+    for name, stages in SPEEDUPS.items():
+        result[f"{name}_speedup"] = _ratio(dense, sparse, stages)
+        ratios = [_ratio(runs["dense"], runs["sparse"], stages) for runs in rounds]
+        result[f"{name}_speedup_range"] = [min(ratios), max(ratios)]
+    for which, stages in BEFORE_DECODING.items():
+        cost = sum(sparse[stage] - dense[stage] for stage in stages)
+        start, stop = break_even(cost, saved)
+        result[f"break_even_tokens_{which}"], result[f"pays_up_to_tokens_{which}"] = start, stop
+    return result
+
+
+SPEEDUPS = {  # of which stages together
+    "prefill": ("salience", "prune", "prefill"),
+    "decode": ("scoring", "packing", "decode"),
+    "first_token": ("first token",),
+    "end_to_end": ("end to end",),
+}
+BEFORE_DECODING = {  # the tower's work is the same, dense and sparse
+    "first_question": ("salience", "prune", "prefill", "question", "scoring", "packing"),
+    "later_questions": ("question", "scoring", "packing"),
+}
+
+
+def break_even(cost: float, saved: float) -> tuple[float | None, float | None]:
+    """Lengths of an answer, in tokens, from which on and up to which sparsity saves time, if it
+    costs this much before decoding and saves that much in every step (either may be negative); the
+    first token takes no step. (None, None): at no length; (x, None): from x on."""
+    if cost > 0:
+        return 1 + cost / saved if saved > 0 else None, None
+    return 1.0, 1 + cost / saved if saved < 0 else None
+
+
+def _spread(values: list[float]) -> list[float]:
+    return [statistics.median(values), min(values), max(values)]
 
 
 def _ratio(dense: dict, sparse: dict, stages: tuple[str, ...]) -> float:
@@ -744,22 +833,35 @@ def print_speed(result: dict) -> None:
         line(label, *(f"{one[key] / 1e6:,.1f}" for one in (dense, sparse)))
     for label, key in (("decode, ms a token", "decode a token"), ("  its bound, ms", "bound")):
         line(label, *(f"{one[key]:.2f}" for one in (dense, sparse)))
-    line("  bound reached", *(f"{one['reached']:.0%}" for one in (dense, sparse)))
+    shares = ((one["reached"], *one["reached_range"]) for one in (dense, sparse))
+    line("  bound reached", *("{:.0%} ({:.0%} to {:.0%})".format(*share) for share in shares))
     least, most = result["read_bandwidth_range_gb_per_s"]
     print(
         f"\nbound: decoder weights ({result['decoder_weight_bytes'] / 1e6:.0f} MB) and KV read, at "
-        f"{result['read_bandwidth_gb_per_s']:.1f} GB/s, measured after every run "
+        f"{result['read_bandwidth_gb_per_s']:.1f} GB/s, measured after every round "
         f"({least:.1f} to {most:.1f})"
     )
+    if "compile_seconds" in result:
+        print(f"compiling, once, in none of the stages: {result['compile_seconds']:.1f} s")
+
+    def times(name: str) -> str:
+        least, most = result[f"{name}_speedup_range"]
+        return f"{result[f'{name}_speedup']:.2f} x ({least:.2f} to {most:.2f})"
+
     print(
-        f"prefill {result['prefill_speedup']:.2f} x (with salience and prune), "
-        f"decode {result['decode_speedup']:.2f} x (with scoring and packing), first token "
-        f"{result['first_token_speedup']:.2f} x, end to end {result['end_to_end_speedup']:.2f} x"
+        f"prefill {times('prefill')}, with salience and prune; decode {times('decode')}, with "
+        f"scoring and packing; first token {times('first_token')}; end to end "
+        f"{times('end_to_end')}"
     )
-    for questions in ("first_question", "later_questions"):
-        count = result[f"break_even_tokens_{questions}"]
-        text = "never" if count is None else f"{math.ceil(count)} tokens"
-        print(f"break-even length of an answer, {questions.replace('_', ' ')}: {text}")
+    for which in BEFORE_DECODING:
+        start, stop = result[f"break_even_tokens_{which}"], result[f"pays_up_to_tokens_{which}"]
+        if start is None:
+            text = "at no length"
+        elif stop is not None:
+            text = f"up to {math.floor(stop)} tokens"
+        else:
+            text = f"from {math.ceil(start)} tokens on" if start > 1 else "at any length"
+        print(f"break-even length of an answer, {which.replace('_', ' ')}: sparsity pays {text}")
     if "transformers" in result:
         theirs = result["transformers"]
         print(
@@ -767,21 +869,22 @@ def print_speed(result: dict) -> None:
             f"{theirs['first_token_ms']:,.1f} ms, {theirs['first_token_ratio']:.2f} x ours, then "
             f"{theirs['decode_ms_a_token']:.2f} ms a token, {theirs['decode_ratio']:.2f} x ours; "
             f"same tokens: {theirs['same_tokens']}"
-            + (" (theirs without a CUDA graph)" if "NVIDIA" in result["machine"] else "")
+            + (" (theirs without a CUDA graph)" if result["decoding"] == "CUDA graph" else "")
         )
 
 
 def draw_speed(result: dict, file: str) -> None:
-    """Milliseconds by stage, dense above sparse."""
+    """Seconds by stage, dense above sparse; short ones are to be read in the legend."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(10, 3.2))
+    figure, axes = plt.subplots(figsize=(10, 3.6))
     hatches, left = ("", "//", "..", "\\\\", "xx", "++", "oo", "--"), {"dense": 0.0, "sparse": 0.0}
     for stage, hatch, shade in zip(STAGES, hatches, range(len(STAGES))):
-        for name in left:
-            width = result[name][stage] / 1000
+        seconds = {name: result[name][stage] / 1000 for name in left}
+        for name, width in seconds.items():
+            label = f"{stage}: {seconds['dense']:.2f}, {seconds['sparse']:.2f} s"
             axes.barh(
                 name, width, left=left[name], hatch=hatch, edgecolor="black", height=0.6,
-                color=str(0.95 - 0.08 * shade), label=stage if name == "dense" else None,
+                color=str(0.95 - 0.08 * shade), label=label if name == "dense" else None,
             )  # fmt: skip
             left[name] += width
     for name, end in left.items():
@@ -789,15 +892,19 @@ def draw_speed(result: dict, file: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(left.values()))
     axes.set_xlabel(f"seconds, {result['preset']}, {result['visual_tokens']:,} visual tokens")
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    axes.legend(
+        title="stage: dense, sparse", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1),
+        frameon=False,
+    )  # fmt: skip
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
 # --- accuracy -------------------------------------------------------------------------------------
 
 # Of 100 visual tokens SparseVILA keeps 25 and attends to 3 while it decodes. Methods that only
-# prune appear with either budget: 25 tokens, and 3 for the same cost of decoding.
-ABLATIONS = {
+# prune appear with either budget: 25 tokens, and 3 for the same cost of decoding. FastV and
+# SparseVLM cannot go below half of the tokens in four layers: 62 are for comparison with them.
+VARIANTS = {
     "global scope": Method(SparseVILA, options={"scope": "global"}),
     "original positions": Method(SparseVILA, options={"positions": "original"}),
     "mean-attention salience": Method(baselines.MeanSalience),
@@ -806,10 +913,10 @@ ABLATIONS = {
     "one index set for all layers": Method(baselines.OneIndexSet),
     "relevance over visual keys only": Method(baselines.VisualSoftmax),
     "retrieved anew every 8 tokens": Method(baselines.Reselect),
-    "no retrieval": Method(SparseVILA, 0.75, 0),
-    "no retrieval, 3 kept": Method(SparseVILA, 0.975, 0),
+    "retrieved anew every 2 tokens": Method(baselines.ReselectEveryTwo),
 }
 PRUNERS = {
+    "pruning only": SparseVILA,
     "random": baselines.RandomPruning,
     "uniform": baselines.Uniform,
     "pool": baselines.Pool,
@@ -830,30 +937,51 @@ METHODS = {
         for name, kind in PRUNERS.items()
         for keep, sparsity in ((25, 0.75), (3, 0.975))
     },
-    **{f"SparseVILA, {name}": method for name, method in ABLATIONS.items()},
+    **{
+        f"{name}, 62": Method(PRUNERS[name], 0.38, 0)
+        for name in ("pruning only", "random", "uniform")
+    },
+    **{f"retrieval only, {n}": Method(SparseVILA, 0, 1 - n / 100) for n in (62, 3)},
+    **{f"SparseVILA, {name}": method for name, method in VARIANTS.items()},
 }
-# Visual tokens of 100 that a layer reads in prefill and per generated token; then per cent right.
+# What it costs (tiny/evaluate.py), then per cent right.
+COSTS = ("entering", "attended", "KV kB", "CPU ms")
 COLUMNS = (
-    "entering", "attended", "color", "digit", "place", "first word", "later words", "first turn",
-    "later turns", "later turns, conversation", "count", "frame",
+    *COSTS, "color", "digit", "place", "first word", "later words", "first turn", "later turns",
+    "later turns, conversation", "count", "frame",
 )  # fmt: skip
+
+
+def _exit(*_: Any) -> None:
+    raise SystemExit(143)
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
 def workers() -> Iterator[ProcessPoolExecutor]:
-    """Processes, one a core, that end at once when something goes wrong here."""
-    pool = ProcessPoolExecutor(
-        os.cpu_count(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-    )
+    """Processes, one a core, that end at once when something goes wrong here, or when this process
+    is asked to end."""
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=_default_signals)
+    before = signal.signal(signal.SIGTERM, _exit)
     try:
         yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def accuracy(names: list[str], questions: int, seeds: int) -> dict:
-    """Every method on the same unseen scenes, in both protocols: for every column the mean over
-    seeds and its standard deviation. A seed has scenes and random choices of its own."""
+    """Every method on the same unseen scenes, in both protocols: for every column, and again as
+    "..., conversation", the mean over seeds and its standard deviation. A seed has scenes and
+    random choices of its own."""
     each = questions // seeds
     names = list(dict.fromkeys(names))
     jobs = [
@@ -870,10 +998,9 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
     with workers() as pool:
         measured = pool.map(measure, *zip(*arguments))
         for done, ((name, protocol, _), values) in enumerate(zip(jobs, measured), 1):
-            if protocol == "conversation":
-                values = {"later turns, conversation": values["later turns"]}
+            end = ", conversation" if protocol == "conversation" else ""
             for column, value in values.items():
-                results[name][column].append(value)
+                results[name][column + end].append(value)
             show_progress(done, len(jobs))
     summary = {
         name: {c: [statistics.mean(v), statistics.stdev(v)] for c, v in columns.items()}
@@ -888,39 +1015,45 @@ def print_accuracy(result: dict) -> None:
     print(result["machine"])
     print(
         f"{result['questions_of_each_kind']} questions of each kind, {result['seeds']} seeds: means"
-        " (later turns: and standard deviation over seeds)\n"
+        " and standard deviations over seeds\n"
     )
     print("| method | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for name, values in result["methods"].items():
         cells = []
         for column in COLUMNS:
             mean, deviation = values[column]
-            spread = f" ± {deviation:.1f}" if column.startswith("later turns") else ""
-            cells.append(f"{mean:.1f}{spread}")
+            cells.append(f"{mean:.1f}" + ("" if column in COSTS else f" ± {deviation:.1f}"))
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+OURS = ("SparseVILA", "pruning only", "retrieval only")  # drawn in black
+
+
 def draw_accuracy(result: dict, file: str) -> None:
-    """Right answers in later turns against visual tokens attended to, all methods."""
+    """Right answers in later turns against visual tokens attended to, all methods; the variants
+    of SparseVILA, most of which would lie on it, if nothing else was measured."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    markers = iter("osD^v<>PX*hdp8")
+    markers = itertools.cycle("s*xoD^v<>PXd+1p")
+    variants = {f"SparseVILA, {variant}" for variant in VARIANTS}
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in result["methods"]:
-        if name not in {f"SparseVILA, {ablation}" for ablation in ABLATIONS}:
-            groups[name.rsplit(",", 1)[0]].append(name)
-    for group, names in groups.items():
-        points = [result["methods"][name] for name in names]
+    for name in [name for name in result["methods"] if name not in variants]:
+        groups[name.rsplit(",", 1)[0]].append(name)
+    for group, names in (groups or {name: [name] for name in result["methods"]}).items():
+        points = sorted(
+            [result["methods"][name] for name in names], key=lambda point: point["attended"]
+        )
         x = [max(point["attended"][0], 0.7) for point in points]  # blind has no place on a log axis
         y, error = zip(*(point["later turns"] for point in points))
-        ours = group == "SparseVILA"
+        ours = group in OURS
         axes.errorbar(
             x, y, error, label=group, marker=next(markers), linestyle=":", capsize=3,
-            color="black" if ours else "0.45", markersize=13 if ours else 8,
+            color="black" if ours else "0.45", markersize=16 if group == OURS[0] else 8,
             markerfacecolor="black" if ours else "white",
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xticks([1, 3, 10, 25, 50, 100], ["1", "3", "10", "25", "50", "100"])
+    axes.set_xticks([0.7, 3, 10, 25, 50, 100], ["0", "3", "10", "25", "50", "100"])
+    axes.minorticks_off()
     axes.set_xlabel("visual tokens of 100 that a layer attends to for each generated token")
     axes.set_ylabel("right answers in later turns, %")
     axes.set_ylim(-3, 105)
@@ -935,7 +1068,7 @@ LENGTHS = (2, 4, 6, 8, 12, 16)  # frames of 100 visual tokens
 TRAINED = 4  # the longest clips that the tiny model was trained on
 DEPTHS = (0, 25, 50, 75, 100)  # per cent of the clip before the needle's frame
 NEEDLE_METHODS = (
-    "dense", "SparseVILA", "SparseVILA, no retrieval, 3 kept", "VisionZip, 25", "PruMerge, 25",
+    "dense", "SparseVILA", "pruning only, 3", "VisionZip, 25", "PruMerge, 25",
 )  # fmt: skip
 
 
@@ -981,25 +1114,32 @@ def print_needle(result: dict) -> None:
 def draw_needle(result: dict, file: str) -> None:
     """A heat map for each method: length to the right, depth downwards."""
     plt = pyplot()
-    names = list(result["right"])
-    figure, grid = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), sharey=True)
-    lengths, depths = result["lengths"], result["depths"]
-    for axes, name in zip([grid] if len(names) == 1 else grid, names):
+    lengths, depths, names = result["lengths"], result["depths"], list(result["right"])
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 3.4 * rows), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names):
         values = torch.tensor([result["right"][name][frames] for frames in lengths]).T
         image = axes.imshow(values.tolist(), vmin=0, vmax=100, cmap="Greys_r", aspect="auto")
         for row, column in itertools.product(*map(range, values.shape)):
             value = values[row, column]
-            shade = "black" if value > 55 else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, size=10)
+            shade = "black" if value > 45 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, size=11)
         trained = lengths.index(result["trained"]) + 0.5
         axes.axvline(trained, color="0.5", linewidth=3, linestyle=":")
         axes.set_xticks(range(len(lengths)), lengths)
+        axes.tick_params(labelbottom=True)
         axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
-        axes.set_xlabel("frames")
-        axes.set_title(name.replace("SparseVILA, ", "").replace(", ", "\n"), fontsize=14)
-    figure.axes[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=figure.axes, label="right answers, %", pad=0.02)
-    figure.savefig(file, dpi=110, bbox_inches="tight")
+        axes.set_title(name, fontsize=13)
+    figure.supxlabel("frames")
+    figure.supylabel("depth of the needle")
+    figure.colorbar(image, ax=grid, label="right answers, %", pad=0.02)
+    figure.savefig(file, dpi=110)
 
 
 def pyplot() -> Any:
@@ -1064,16 +1204,17 @@ def versus(folder: str, tokens: int, runs: int) -> None:
     print(f"{len(views)} views, {len(views) * n} visual tokens, prompt of {len(ids)}, float32")
     print(f"the same {tokens} tokens: {answers['ours'] == answers['transformers']}")
     for name in runners:
-        print(
-            f"{name:14} first token {_spread(first[name])} s, then {_spread(decode[name])} ms each"
-        )
+        print(f"{name:14} first token {_range(first[name])} s, then {_range(decode[name])} ms each")
     for what, values in (("first token", first), ("decoding", decode)):
         ratio = statistics.median(values["transformers"]) / statistics.median(values["ours"])
         print(f"{what}: transformers takes {ratio:.2f} times as long")
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def _range(values: list[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*_spread(values))
+
+
+# --- command line ---------------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -1133,17 +1274,25 @@ def main(argv: list[str] | None = None) -> None:
     """The command line. Bad input ends it with one line on standard error and exit status 2."""
     arguments = parse_arguments(argv)
     try:
+        if sys.stdout is None:
+            raise ValueError("standard output must be open")
         run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # nobody reads on, as in `| head`
+        raise SystemExit(141) from None
+    # torch without CUDA answers a request for a GPU with an AssertionError.
     except (ValueError, OSError, RuntimeError, ImportError, AssertionError) as error:
         print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        drop_output_that_cannot_be_written()
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
-    if getattr(arguments, "figure", None):
+    if getattr(arguments, "figure", None) is not None:
         check_figure(Path(arguments.figure))
     if arguments.command == "speed":
         result = speed(arguments)
@@ -1176,12 +1325,14 @@ def check_figure(file: Path) -> None:
 
 
 def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Namespace) -> None:
-    """Print a result, then its JSON and a picture of it if asked."""
-    show(result)
-    if arguments.json:
-        print(json.dumps(result), flush=True)
-    if arguments.figure:
-        draw(result, arguments.figure)
+    """Print a result, then its JSON, and draw it, if asked."""
+    try:
+        show(result)
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+    finally:  # even if nobody reads on
+        if arguments.figure:
+            draw(result, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -789,10 +789,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"sparsevila.py: error: {_one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        _drop_output_that_cannot_be_written()
+        drop_output_that_cannot_be_written()
 
 
-def _drop_output_that_cannot_be_written() -> None:
+def drop_output_that_cannot_be_written() -> None:
     """Python would try once more at exit, and complain."""
     try:
         print(end="", flush=True)

@@ -3,11 +3,20 @@ asserted."""
 
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,12 +51,17 @@ def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
     # Three frames keep 16 of 64 each; floor(0.9 * 48) of them are left out in decoding.
     for name, visual in (("dense", 192), ("sparse", 48 - 43)):
         attended = result[name]["bytes attended"]
-        assert attended == row * (visual + 16 + bench.QUESTION_TOKENS + 2)
+        # Four steps; the row of the token that is read is attended to as well.
+        assert attended == row * (visual + 16 + bench.QUESTION_TOKENS + (1 + 2 + 3 + 4) / 4)
         assert all(result[name][stage] >= 0 for stage in bench.STAGES)
         total = sum(result[name][stage] for stage in bench.STAGES)
         assert result[name]["end to end"] == pytest.approx(total, rel=0.2)
+        least, most = result[name]["reached_range"]
+        assert 0 < least <= most
     for ratio in ("prefill_speedup", "decode_speedup", "end_to_end_speedup"):
-        assert result[ratio] > 0
+        least, most = result[f"{ratio}_range"]
+        assert 0 < least <= most and result[ratio] > 0
+    assert ("compile_seconds" in result) == (result["decoding"] == "torch.compile")
     assert any(line.startswith("prefill ") for line in printed)
     bench.draw_speed(result, str(tmp_path / "speed.png"))
     assert Image.open(tmp_path / "speed.png").width > 600
@@ -73,17 +87,40 @@ def test_figures_follow_from_the_medians():
     for run in (dense, sparse):
         run["end to end"] = sum(run[stage] for stage in bench.STAGES)
         run["first token"] = run["end to end"] - run["decode"]
-    runs = {"dense": [dense] * 3, "sparse": [sparse, sparse, sparse | {"decode": 99.0}]}
-    got = bench.summarise(runs, tokens=6, weights=6_000_000, bandwidth=1e6)
+    slow = sparse | {"decode": 99.0}
+    rounds = [{"dense": dense, "sparse": run} for run in (sparse, sparse, slow)]
+    got = bench.summarise(rounds, tokens=6, weights=6_000_000, bandwidths=[1e6, 0.5e6, 2e6])
     assert got["prefill_speedup"] == 90 / 45 and got["decode_speedup"] == 50 / 33
+    assert got["prefill_speedup_range"] == [2, 2]
+    assert got["decode_speedup_range"] == pytest.approx([50 / 107, 50 / 33])
     assert got["end_to_end_speedup"] == pytest.approx(150 / 88)
     assert got["dense"]["bound"] == 10 and got["dense"]["reached"] == 1.0
+    assert got["dense"]["reached_range"] == [0.5, 2.0]  # 10 MB a step of 10 ms
+    assert got["sparse"]["reached_range"] == pytest.approx([3.5 / 19.8, 14 / 5])  # 7 MB
+    assert got["read_bandwidth_range_gb_per_s"] == [0.5, 2]
     assert got["milliseconds_and_bytes"]["sparse"]["decode"] == [25.0, 25.0, 99.0]
-    assert got["break_even_tokens_first_question"] == 0
-    # A later question costs 8 ms more and every token saves 5.
-    assert got["break_even_tokens_later_questions"] == pytest.approx(8 / 5)
-    runs["sparse"] = [sparse | {"decode": 50.0}]
-    assert bench.summarise(runs, 6, 1, 1.0)["break_even_tokens_later_questions"] is None
+    assert got["break_even_tokens_first_question"] == 1
+    # A later question costs 8 ms more and every token after the first saves 5.
+    assert got["break_even_tokens_later_questions"] == pytest.approx(1 + 8 / 5)
+
+
+@pytest.mark.parametrize(
+    "cost, saved, expected",
+    [
+        (8.0, 5.0, (2.6, None)),
+        (8.0, 0.0, (None, None)),
+        (8.0, -5.0, (None, None)),
+        (-8.0, 5.0, (1, None)),
+        (0.0, 0.0, (1, None)),
+        (-8.0, -5.0, (1, 2.6)),
+    ],
+)
+def test_sparsity_pays_where_cost_is_less_than_what_is_saved(cost, saved, expected):
+    start, stop = bench.break_even(cost, saved)
+    assert (start, stop) == expected
+    for tokens in (1, 2, 100):
+        pays = start is not None and start <= tokens and (stop is None or tokens <= stop)
+        assert pays == (cost <= (tokens - 1) * saved)
 
 
 @pytest.mark.parametrize("kind", [Dense, SparseVILA])
@@ -100,12 +137,39 @@ def test_the_static_step_writes_the_same_tokens(small_model, kind):
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
-def test_a_quantised_model_and_one_without_a_tower(small_model):
-    bench.quantise(small_model)
-    assert small_model.precision == "float32 + W4A16 decoder + W8A8 tower"
-    bench.leave_out_tower(small_model, 1, 100)
-    run, _ = bench.run_once(SparseVILA(small_model, bench.Script(SMALL, 1)), 1, 3)
+def test_a_quantised_model_and_one_without_a_tower():
+    model = bench.random_model(SMALL, bench.CPU, torch.float32, quantised=True)
+    assert model.precision == "float32 + W4A16 decoder + W8A8 tower"
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    bench.leave_out_tower(model, 1, 100)
+    run, _ = bench.run_once(SparseVILA(model, bench.Script(SMALL, 1)), 1, 3)
     assert run["vision"] > 0 and run["salience"] == 0
+
+
+def test_a_random_model_has_finite_answers_and_tied_weights():
+    text = replace(SMALL.text, tied=True)
+    model = bench.random_model(replace(SMALL, text=text), bench.CPU, torch.float32)
+    assert model.lm_head.weight is model.decoder.embed_tokens.weight
+    assert model.decoder.norm.weight.eq(1).all()
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in model.parameters())
+    logits = model(model.embed([1, 2, 3]))
+    assert logits.isfinite().all() and 0.1 < logits.std() < 10
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    """On a machine where 24 GB are free."""
+    meminfo = Mock(exists=lambda: True, read_text=lambda: "MemAvailable:   24000000 kB\n")
+    monkeypatch.setattr(bench, "Path", lambda name: meminfo)
+    config, frames, _ = bench.PRESETS["longvila-7b"]
+    tokens = frames * config.visual_tokens
+    bench.check_memory(config, torch.float32, tokens, quantised=True)
+    bench.check_memory(bench.PRESETS["laptop"].config, torch.float32, 16384, quantised=False)
+    # 7.6e9 weights of 4 bytes; 50,176 rows of 28 layers, keys and values, 4 heads of 128
+    least = 7.6e9 * 4 + 50176 * 28 * 2 * 4 * 128 * 4
+    with pytest.raises(ValueError, match="needs at least ([0-9.]+) GB, 24.6 GB are free") as error:
+        bench.check_memory(config, torch.float32, tokens, quantised=False)
+    said = float(str(error.value).split()[4]) * 1e9
+    assert least < said < 1.3 * least
 
 
 def test_presets_are_the_sizes_they_name():
@@ -136,6 +200,8 @@ def test_presets_are_the_sizes_they_name():
         ("--runs", "-1", "positive integer, got '-1'"),
         ("--prefill-sparsity", "1", "prefill_sparsity must be in [0, 1), got 1.0"),
         ("--device", "abacus", "abacus"),
+        ("--answer-tokens", "2000000", "at most 1,048,576 fit"),
+        ("--figure", "", "must end in one of"),
     ],
 )
 def test_wrong_arguments_are_one_line(option, value, words, capsys):
@@ -160,8 +226,14 @@ def test_accuracy_of_two_methods(capsys, tmp_path):
     result = last_json(capsys)
     methods = result["methods"]
     assert result["questions_of_each_kind"] == 8
-    assert all(values.keys() == set(bench.COLUMNS) for values in methods.values())
+    for values in methods.values():
+        both = {column for column in bench.COLUMNS if not column.endswith("conversation")}
+        assert values.keys() == both | {f"{column}, conversation" for column in both}
     assert [methods[name]["entering"][0] for name in methods] == [100, 0, 25]
+    # Four layers, keys and values, two heads of 32, float32: 2048 bytes a row; text comes on top.
+    visual, text = 100 * 2.048, methods["blind"]["KV kB"][0]
+    assert methods["dense"]["KV kB"][0] == pytest.approx(visual + text)
+    assert methods["uniform, 25"]["KV kB"][0] == pytest.approx(visual / 4 + text)
     assert methods["dense"]["later turns"][0] > 90 > 50 > methods["blind"]["later turns"][0]
     assert Image.open(file).width > 600
 
@@ -227,3 +299,58 @@ def test_wrong_arguments_of_the_tables_are_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(arguments)
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_that_exclude_each_other(capsys, monkeypatch):
+    """Before anything is made."""
+    monkeypatch.setattr(bench, "random_model", None)
+    for arguments, words in (
+        (["--eager", "--device", "cuda"], "--eager is for a CPU"),
+        (["--versus", "transformers", "--quantised"], "leave out --quantised"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            bench.main(["speed", *arguments])
+        assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """The figure is drawn all the same; a closed output is refused at once."""
+    figure = tmp_path / "needle.png"
+    command = [
+        sys.executable,
+        str(ROOT / "bench.py"),
+        "needle",
+        "--clips",
+        "1",
+        "--methods",
+        "blind",
+    ]
+    with subprocess.Popen(
+        [*command, "--figure", str(figure)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141 and b"Error" not in errors and figure.exists()
+    closed = subprocess.run(command, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
+    assert closed.returncode == 2 and b"standard output must be open" in closed.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_ends_at_once_with_its_workers(number, code):
+    """A signal to the parent alone."""
+    command = [sys.executable, str(ROOT / "bench.py"), "needle", "--clips", "10000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(workers := children.read_text().split()) < os.cpu_count():
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(number)
+        try:
+            process.communicate(timeout=20)  # until the last of them has closed its output
+        finally:
+            for pid in [*workers, process.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        assert process.returncode == code

@@ -13,10 +13,12 @@ import random
 import re
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -26,7 +28,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import awq  # noqa: E402
-from baselines import InsideCache  # noqa: E402
 from model import VLM, Processor, load  # noqa: E402
 from sparsevila import Answer, Dense, SparseVILA  # noqa: E402
 from tiny.scenes import make_needle, make_scene, question_and_answer, render, to_images  # noqa: E402
@@ -69,16 +70,19 @@ def measure(
     first: int = 0,
 ) -> dict[str, float]:
     """Percentages of right answers by question kind and part, for one method; as many scenes of
-    each number of pictures, from the `first` on. "entering" and "attended" are visual tokens of a
-    picture, means over layers and questions: what a layer reads in prefill, and for every generated
-    token."""
+    each number of pictures, from the `first` on. And what look-ups cost, means: "entering" and
+    "attended", visual tokens of a picture that a layer reads in prefill and for every generated
+    token; "KV kB", kilobytes of keys and values, of text too, that all layers read for it; "CPU
+    ms", milliseconds of the processor for a picture and its questions."""
     session = method.session(model_path, seed=first)
-    right: dict[str, list[float]] = defaultdict(list)
+    right: dict[str, list[bool]] = defaultdict(list)
+    costs: dict[str, list[float]] = defaultdict(list)
     for number in range(len(pictures) * questions):
         frames = pictures[number // questions]
         rng = random.Random(f"evaluate {first + number % questions + 10**6 * (frames - 1)}")
         scene = make_scene(rng, frames)
-        session.see(to_images(render(scene, rng)))
+        images, began = to_images(render(scene, rng)), time.process_time()
+        session.see(images)
         kinds = rng.sample(("color", "digit", "place", "count"), 4) if frames == 1 else ["frame"]
         for turn, kind in enumerate(kinds):
             question, expected = question_and_answer(kind, scene, rng)
@@ -91,12 +95,13 @@ def measure(
                 right["later words"].append(later_words)
                 which = "first turn" if turn == 0 else "later turns"
                 right[which].append(answer.text == expected)
-                attended = tokens_of(session, answer)
-                right["attended"].append(attended / 100)
-                inside = isinstance(session.cache, InsideCache)
-                kept = session.stats["visual_tokens"]["kept"]
-                right["entering"].append((attended if inside else kept) / 100)
-    return {column: 100 * sum(values) / len(values) for column, values in right.items()}
+                costs["entering"].append(session.stats["visual_tokens"]["kept"])
+                costs["attended"].append(tokens_of(session, answer))
+                costs["KV kB"].append(kv_bytes(session, answer) / 1000)
+        if frames == 1:
+            costs["CPU ms"].append(1000 * (time.process_time() - began))
+    percentages = {column: 100 * mean(values) for column, values in right.items()}
+    return percentages | {column: mean(values) for column, values in costs.items()}
 
 
 def find_needle(
@@ -120,8 +125,18 @@ def find_needle(
 def tokens_of(session: SparseVILA, answer: Answer) -> float:
     """Visual tokens that a layer attends to, cluster means included; mean over layers."""
     counts = [len(chosen) for chosen in answer.retrieved]
-    counts += [len(means) for means in getattr(session.cache, "clusters", [])]
-    return sum(counts) / len(answer.retrieved)
+    return (sum(counts) + clusters_of(session)) / len(counts)
+
+
+def clusters_of(session: SparseVILA) -> int:
+    """Rows that are means of a cluster, in all layers."""
+    return sum(len(means) for means in getattr(session.cache, "clusters", []))
+
+
+def kv_bytes(session: SparseVILA, answer: Answer) -> int:
+    """Keys and values that all layers read for every generated token, cluster means included."""
+    row = session.cache.k[0][:, :, 0].nbytes + session.cache.v[0][:, :, 0].nbytes
+    return answer.kv_bytes_per_token + row * clusters_of(session)
 
 
 # --- quantised ------------------------------------------------------------------------------------
