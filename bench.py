@@ -331,6 +331,7 @@ PRESETS = {
         64,
     ),
 }  # fmt: skip
+TEXT_TOKENS = 16  # before the pictures
 QUESTION_TOKENS = 32
 
 
@@ -377,26 +378,29 @@ def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
     return awq.W4A16Linear.from_linear(linear, math.gcd(128, linear.in_features))
 
 
-def check_memory(config: Config, dtype: torch.dtype, tokens: int, quantised: bool) -> None:
-    """Raise ValueError if less is free than a dense run on a CPU needs at least: weights, keys and
-    values of so many tokens, and their activations in one block."""
+def check_memory(
+    config: Config, dtype: torch.dtype, pictures: int, n: int, quantised: bool
+) -> None:
+    """Raise ValueError if less is free than a dense run on a CPU needs at least: weights, pixels,
+    keys and values of so many pictures of n tokens, and the activations of one block."""
     with torch.device("meta"):
         model = VLM(config)
-    text, size = config.text, dtype.itemsize
+    text, size, S = config.text, dtype.itemsize, config.vision.image_size
     blocks = {p for p in model.decoder.layers.parameters() if p.dim() > 1}
     rounded = {p for p in model.vision_tower.layers.parameters() if p.dim() > 1}
-    needed = tokens * size * (2 * text.layers * text.kv_heads * text.head_dim + 2 * text.mlp)
+    row = 2 * text.layers * text.kv_heads * text.head_dim + 2 * text.mlp
+    needed = pictures * (4 * 3 * S * S + n * size * row)  # pixels are in float32
     for weight in model.parameters():
         share = 0.5 / size if weight in blocks else 1 / size if weight in rounded else 1
         needed += weight.numel() * size * (share if quantised else 1)
     meminfo = Path("/proc/meminfo")  # Linux
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    for line in lines:
-        if line.startswith("MemAvailable:") and needed > (free := 1024 * int(line.split()[1])):
-            raise ValueError(
-                f"this needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose "
-                "a smaller --preset or --visual-tokens, or --quantised, --dtype or --device"
-            )
+    free = [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    if free and needed > free[0]:
+        raise ValueError(
+            f"this needs at least {needed / 1e9:.1f} GB, {free[0] / 1e9:.1f} GB are free: choose a "
+            "smaller --preset or --visual-tokens, or --quantised, --dtype or --device"
+        )
 
 
 class Script(Processor):
@@ -415,7 +419,7 @@ class Script(Processor):
         return self.noise
 
     def context(self, counts: list[int], views: list[View] | None = None) -> list[int]:
-        return [*range(1, 17), *[self.image_token_id] * sum(counts)]
+        return [*range(1, TEXT_TOKENS + 1), *[self.image_token_id] * sum(counts)]
 
     def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
         return list(range(100, 100 + QUESTION_TOKENS))
@@ -614,10 +618,10 @@ def speed(arguments: argparse.Namespace) -> dict:
     settings = {name: getattr(arguments, name) for name in sparsity}
     n = tokens_each or config.visual_tokens
     pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
-    script = Script(config, pictures)
-    check_speed(arguments, settings, device, len(script.context([pictures * n])))
+    check_speed(arguments, settings, device, TEXT_TOKENS + pictures * n)
     if device.type == "cpu":
-        check_memory(config, dtype, pictures * n, arguments.quantised)
+        check_memory(config, dtype, pictures, n, arguments.quantised)
+    script = Script(config, pictures)
     model = random_model(replace(config, stop_ids=()), device, dtype, quantised=arguments.quantised)
     decoding = "CUDA graph" if device.type == "cuda" else compile_decoding(model, arguments.eager)
     if tokens_each:  # a tower that is not ours: features and salience from nowhere
