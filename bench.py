@@ -686,14 +686,17 @@ def summarise(
     }
     dense, sparse = ({key: value[0] for key, value in each.items()} for each in spread.values())
     bandwidth, least, most = _spread(bandwidths)
+
+    def bound(run: dict, rate: float) -> float:
+        return (weights + run["bytes attended"]) / rate
+
+    def reached(run: dict, rate: float) -> float:
+        return bound(run, rate) / (run["decode"] / (tokens - 1))
+
     for name, one in (("dense", dense), ("sparse", sparse)):
         one["decode a token"] = one["decode"] / (tokens - 1)
-        one["bound"] = (weights + one["bytes attended"]) / bandwidth
-        one["reached"] = one["bound"] / one["decode a token"]
-        shares = [
-            (weights + runs[name]["bytes attended"]) / rate / (runs[name]["decode"] / (tokens - 1))
-            for runs, rate in zip(rounds, bandwidths)
-        ]
+        one["bound"], one["reached"] = bound(one, bandwidth), reached(one, bandwidth)
+        shares = [reached(runs[name], rate) for runs, rate in zip(rounds, bandwidths)]
         one["reached_range"] = [min(shares), max(shares)]
     saved = dense["decode a token"] - sparse["decode a token"]
     result = {
@@ -809,7 +812,6 @@ class Clock:
 
 def print_speed(result: dict) -> None:
     """A table of the stages, and what follows from it."""
-    dense, sparse = result["dense"], result["sparse"]
     print(result["machine"])
     print(
         f"{result['preset']}, {result['precision']}, {result['visual_tokens']:,} visual tokens, "
@@ -817,6 +819,23 @@ def print_speed(result: dict) -> None:
         f"{result['prefill_sparsity']:.0%} / {result['decode_sparsity']:.0%}; decoding: "
         f"{result['decoding']}; medians of {result['runs']} runs in turn (least to most)\n"
     )
+    if not result["tower"]:
+        print("without a vision tower: this model's is not one of ours\n")
+    _print_stages(result)
+    _print_ratios(result)
+    if "transformers" in result:
+        theirs = result["transformers"]
+        print(
+            f"transformers {theirs['version']}, dense decoder: first token "
+            f"{theirs['first_token_ms']:,.1f} ms, {theirs['first_token_ratio']:.2f} x ours, then "
+            f"{theirs['decode_ms_a_token']:.2f} ms a token, {theirs['decode_ratio']:.2f} x ours; "
+            f"same tokens: {theirs['same_tokens']}"
+            + (" (theirs without a CUDA graph)" if result["decoding"] == "CUDA graph" else "")
+        )
+
+
+def _print_stages(result: dict) -> None:
+    dense, sparse = result["dense"], result["sparse"]
 
     def cell(name: str, key: str) -> str:
         middle, least, most = result["milliseconds_and_bytes"][name][key]
@@ -825,8 +844,6 @@ def print_speed(result: dict) -> None:
     def line(label: str, dense: str, sparse: str) -> None:
         print(f"{label:36}{dense:>32}{sparse:>32}")
 
-    if not result["tower"]:
-        print("without a vision tower: this model's is not one of ours\n")
     line("", "dense", "sparse")
     for stage in (*STAGES, "first token", "end to end"):
         line(f"{stage}, ms", *(cell(name, stage) for name in ("dense", "sparse")))
@@ -839,6 +856,9 @@ def print_speed(result: dict) -> None:
         line(label, *(f"{one[key]:.2f}" for one in (dense, sparse)))
     shares = ((one["reached"], *one["reached_range"]) for one in (dense, sparse))
     line("  bound reached", *("{:.0%} ({:.0%} to {:.0%})".format(*share) for share in shares))
+
+
+def _print_ratios(result: dict) -> None:
     least, most = result["read_bandwidth_range_gb_per_s"]
     print(
         f"\nbound: decoder weights ({result['decoder_weight_bytes'] / 1e6:.0f} MB) and KV read, at "
@@ -866,15 +886,6 @@ def print_speed(result: dict) -> None:
         else:
             text = f"from {math.ceil(start)} tokens on" if start > 1 else "at any length"
         print(f"break-even length of an answer, {which.replace('_', ' ')}: sparsity pays {text}")
-    if "transformers" in result:
-        theirs = result["transformers"]
-        print(
-            f"transformers {theirs['version']}, dense decoder: first token "
-            f"{theirs['first_token_ms']:,.1f} ms, {theirs['first_token_ratio']:.2f} x ours, then "
-            f"{theirs['decode_ms_a_token']:.2f} ms a token, {theirs['decode_ratio']:.2f} x ours; "
-            f"same tokens: {theirs['same_tokens']}"
-            + (" (theirs without a CUDA graph)" if result["decoding"] == "CUDA graph" else "")
-        )
 
 
 def draw_speed(result: dict, file: str) -> None:

@@ -65,6 +65,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs)."""
         W, inputs = self.weight, self.in_features
         on_cpu = W.device.type == "cpu" and W.dtype == x.dtype == torch.float32
         if not on_cpu or W.numel() < 2**17 or torch.is_grad_enabled():

@@ -317,15 +317,8 @@ def test_options_that_exclude_each_other(capsys, monkeypatch):
 def test_output_that_nobody_reads(tmp_path):
     """The figure is drawn all the same; a closed output is refused at once."""
     figure = tmp_path / "needle.png"
-    command = [
-        sys.executable,
-        str(ROOT / "bench.py"),
-        "needle",
-        "--clips",
-        "1",
-        "--methods",
-        "blind",
-    ]
+    options = "needle --clips 1 --methods blind".split()
+    command = [sys.executable, str(ROOT / "bench.py"), *options]
     with subprocess.Popen(
         [*command, "--figure", str(figure)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
