@@ -18,22 +18,34 @@ in sparsevila.py; T tower tokens, summary token included.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoints.processor import Processor
 from kernels import attention_colsum, attention_lse, gather_tokens
-from model import VLM, KVCache, Processor, causal_attention, token_salience
-from sparsevila import Answer, Dense, RetrievalCache, SparseVILA, keep_count, select_tokens
+from model import VLM, KVCache, causal_attention
+from sparsevila import (
+    Answer,
+    Dense,
+    PerView,
+    RetrievalCache,
+    SparseVILA,
+    keep_count,
+    merge_salience,
+    patch_salience,
+    select_tokens,
+)
 
 
-class Other(SparseVILA):
-    """A method with a choice of its own: always per picture. `decode_sparsity` means nothing to it.
-    Raises: ValueError for another scope, and for original positions where tokens have none."""
+class PerViewMethod(SparseVILA):
+    """A method with a choice of its own, made within each view. `decode_sparsity` means nothing
+    to it. Raises: ValueError for another scope, and for original positions where tokens have
+    none."""
 
     has_places = True  # every token it keeps has a place in the picture
 
@@ -46,15 +58,21 @@ class Other(SparseVILA):
         super().__init__(model, processor, **settings)
 
 
-class Pruned(Other):
+class Pruned(PerViewMethod):
     """Prunes by `prune`, decodes from all that is left."""
 
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
         return KVCache(self.model.config.text.layers, capacity)
 
-    def budget(self, salience: Tensor) -> int:
-        """Tokens of a picture to keep, salience (images, n)."""
-        return keep_count(salience.shape[1], self.prefill_sparsity)
+    def budget(self, view: Tensor) -> int:
+        """Tokens of a view to keep, of features (n, C) or scores (n,)."""
+        return keep_count(len(view), self.prefill_sparsity)
+
+    def prune_by(self, features: PerView, scores: PerView) -> tuple[PerView, PerView]:
+        """The tokens of highest score in each view, as many as the budget allows, in order; and
+        their index."""
+        index = [select_tokens(each, self.budget(each)) for each in scores]
+        return gather_each(features, index), index
 
 
 # --- what every method must beat ------------------------------------------------------------------
@@ -63,39 +81,50 @@ class Pruned(Other):
 class Blind(Pruned):
     """No visual token at all: what the question and the training give away."""
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return prune_to(features, salience, 0)
+    encode = Dense.encode
+
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        return [x[:0] for x in features], [torch.arange(0) for _ in features]
 
 
 class RandomPruning(Pruned):
     """A random choice; seed it with `torch.manual_seed`."""
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return prune_to(features, torch.rand_like(salience), self.budget(salience))
+    encode = Dense.encode
+
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        return self.prune_by(features, [torch.rand(len(x), device=x.device) for x in features])
 
 
 class Uniform(Pruned):
-    """Every so many tokens one, in the order of reading."""
+    """Every k-th token, in the order of reading: the middle one of each stretch."""
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        keep, n = self.budget(salience), salience.shape[1]
-        chosen = torch.zeros(n, device=salience.device)
-        chosen[[(2 * i + 1) * n // (2 * keep) for i in range(keep)]] = 1
-        return prune_to(features, chosen.expand_as(salience), keep)
+    encode = Dense.encode
+
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        index = []
+        for x in features:
+            n, keep = len(x), self.budget(x)
+            middles = [(2 * i + 1) * n // (2 * keep) for i in range(keep)]
+            index.append(torch.tensor(middles, device=x.device))
+        return gather_each(features, index), index
 
 
 class Pool(Pruned):
     """Means over a k x k grid of blocks, k = round(sqrt(budget)); each stands at the first patch of
-    its block."""
+    its block. Views are squares of tokens."""
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        side = math.isqrt(salience.shape[1])  # of a square of tokens
-        k = round(math.sqrt(self.budget(salience)))
-        grid = features.mT.unflatten(2, (side, side))
-        pooled = F.adaptive_avg_pool2d(grid, k).flatten(2).mT
-        first = torch.arange(k, device=salience.device) * side // k
-        index = (first[:, None] * side + first).flatten()
-        return pooled, index.expand(len(features), -1)
+    encode = Dense.encode
+
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        pooled, index = [], []
+        for x in features:
+            side, k = math.isqrt(len(x)), round(math.sqrt(self.budget(x)))
+            grid = x.mT.unflatten(1, (side, side))  # (C, side, side)
+            pooled.append(F.adaptive_avg_pool2d(grid, k).flatten(1).mT)
+            first = torch.arange(k) * side // k
+            index.append((first[:, None] * side + first).flatten())
+        return pooled, index
 
 
 class Downsample(Pruned):
@@ -104,65 +133,43 @@ class Downsample(Pruned):
 
     has_places = False
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        config, tower = self.model.config, self.model.vision_tower
+    def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:
+        model, tower, vision = self.model, self.model.vision_tower, self.model.config.vision
         table, summary = tower.position_embedding, tower.summary_tokens
-        side = math.isqrt(config.vision.patches)
-        keep = keep_count(config.visual_tokens, self.prefill_sparsity)
-        k = min(round(math.sqrt(keep)) * config.merge, side)
-        small = F.interpolate(pixels, k * config.vision.patch_size, mode="bicubic", antialias=True)
+        side = math.isqrt(vision.patches)
+        keep = keep_count(vision.visual_tokens, self.prefill_sparsity)
+        k = min(round(math.sqrt(keep)) * vision.merge, side)
+        small = F.interpolate(
+            torch.stack(list(pixels)), k * vision.patch_size, mode="bicubic", antialias=True
+        )
         grid = table.weight[summary:].float().T.unflatten(1, (side, side))[None]
         grid = F.interpolate(grid, k, mode="bicubic", antialias=True)[0].flatten(1).T
         grid = torch.cat([table.weight[:summary], grid.to(table.weight)])
+        full_size = tower.config
         try:
             tower.position_embedding = torch.nn.Embedding.from_pretrained(grid)
-            with torch.no_grad():
-                features, salience = tower(small.to(self.model.device, self.model.dtype))
+            tower.config = replace(full_size, image_size=k * vision.patch_size)
+            return model.encode(small), []
         finally:
-            tower.position_embedding = table
-        return self.model.merge_patches(features), self.model.merge_salience(salience)
+            tower.position_embedding, tower.config = table, full_size
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return prune_to(features, salience, salience.shape[1])
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        return Dense.prune(self, features, salience)
 
 
-def prune_to(features: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The `keep` tokens of highest score in each picture, in order, and their index."""
-    index = select_tokens(scores, keep)
-    return gather_tokens(features, index), index
+def gather_each(features: PerView, index: PerView) -> PerView:
+    """The chosen rows of every view."""
+    return [gather_tokens(x[None], i[None])[0] for x, i in zip(features, index)]
 
 
 # --- tokens merged after the vision tower ---------------------------------------------------------
-
-
-@contextmanager
-def tower_calls(block: torch.nn.Module) -> Iterator[dict[str, list]]:
-    """While open, notes of every call of a tower's block its queries and keys (images, H, T, D),
-    and its output (images, T, C)."""
-    calls: dict[str, list] = {"queries": [], "keys": [], "outputs": []}
-    attention = block.self_attn
-    query_key = attention.query_key
-
-    def noted(x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = query_key(x)
-        calls["queries"].append(q)
-        calls["keys"].append(k)
-        return q, k
-
-    attention.query_key = noted
-    hook = block.register_forward_hook(lambda _, x, out: calls["outputs"].append(out))
-    try:
-        yield calls
-    finally:
-        hook.remove()
-        del attention.query_key
 
 
 class VisionZip(Pruned):
     """Dominant tokens, those most attended by the class token in the layer that feeds the
     projector, and that token itself; then contextual ones, means of similar tokens among the rest.
 
-    The rest's every so many-th is a target; each other token joins the target whose key, the mean
+    Every k-th of the rest is a target; each other token joins the target whose key, the mean
     over heads, is most similar; a target becomes itself plus the mean of those that joined it.
     Without a class token, dominant are those that receive most attention from all. Of 64 tokens 10
     are contextual, as in the paper. `average` halves a contextual token, whose norm is else about
@@ -175,37 +182,44 @@ class VisionZip(Pruned):
     average = False
     last_layer = False
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        tower = self.model.vision_tower
-        with tower_calls(tower.layers[max(tower.feature_layer - 1, 0)]) as calls:
-            features, salience = super().encode(pixels)
-        q, k, out = (torch.cat(calls[name]) for name in ("queries", "keys", "outputs"))
-        # (images, n, merge^2 D), and the class token (images, 1 or 0, C)
-        self.keys = self.model.merge_patches(k.mean(1)[:, tower.summary_tokens :])
-        none = features[:, :0]  # without a class token a token may be wider than the tower
-        self.summary = out[:, :1] if tower.summary_tokens else none
-        if not self.last_layer:
-            salience = self.model.merge_salience(token_salience(q, k, tower.summary_tokens))
+    @torch.no_grad()
+    def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:
+        tower, features, salience = self.model.vision_tower, [], []
+        s, self.summary, self.keys = tower.summary_tokens, [], []
+        feeding = max(tower.feature_layer - 1, 0)  # the block whose output feeds the projector
+        for batch in self.model.batches(pixels):
+            states, q, k = tower(batch, feeding)
+            features += tower.merge(states[:, s:])
+            self.summary += states[:, : min(s, 1)]  # (1, C), or (0, C) without a class token
+            self.keys += tower.merge(k.mean(1)[:, s:])  # (n, merge^2 D)
+            if self.last_layer:
+                _, q, k = tower(batch, -1)
+            salience += merge_salience(patch_salience(q, k, s), tower.merge)
         return features, salience
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        keep, summary = self.budget(salience), self.summary.shape[1]
-        contextual = max(1, round(keep * 10 / 64)) if keep > 1 + summary else 0
-        index = select_tokens(salience, keep - contextual - summary)  # dominant
-        dominant = gather_tokens(features, index)
-        merged, places = [], []
-        for picture, chosen in enumerate(index.tolist()):
-            rest = [i for i in range(salience.shape[1]) if i not in set(chosen)]
-            targets = rest[:: max(1, len(rest) // max(contextual, 1))][:contextual]
-            others = [i for i in rest if i not in set(targets)]
-            # As many patches as there are tokens; which token stands where is not kept.
-            places.append(sorted(chosen + targets + others[:summary]))
-            merged.append(self.merged(features[picture], self.keys[picture], targets, others))
-        kept = torch.cat([self.summary, dominant, torch.stack(merged).to(features)], 1)
-        return kept, torch.tensor(places, device=index.device)
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        views = zip(features, salience, self.summary, self.keys)
+        kept, index = zip(*(self.zipped(*view) for view in views))
+        return list(kept), list(index)
+
+    def zipped(
+        self, x: Tensor, scores: Tensor, summary: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (K, C) of one view's features (n, C), and places (K,) for them."""
+        keep, lead = self.budget(x), len(summary)
+        contextual = max(1, round(keep * 10 / 64)) if keep > 1 + lead else 0
+        dominant = select_tokens(scores, keep - contextual - lead)
+        chosen = dominant.tolist()
+        rest = [i for i in range(len(x)) if i not in set(chosen)]
+        targets = rest[:: max(1, len(rest) // max(contextual, 1))][:contextual]
+        others = [i for i in rest if i not in set(targets)]
+        merged = self.merged(x, keys, targets, others).to(x)
+        # One place for each token; which token stands where is not kept.
+        places = torch.tensor(sorted(chosen + targets + others[:lead]))
+        return torch.cat([summary.to(x) if lead else x[:0], x[dominant], merged]), places
 
     def merged(self, x: Tensor, keys: Tensor, targets: list[int], others: list[int]) -> Tensor:
-        """Contextual tokens (targets, C) of one picture's features (n, C)."""
+        """Contextual tokens (targets, C) of one view's features (n, C)."""
         similar = F.normalize(keys[others], dim=-1) @ F.normalize(keys[targets], dim=-1).T
         joins = F.one_hot(similar.argmax(-1), len(targets)).to(x) if targets else similar
         sums, counts = joins.T @ x[others], joins.sum(0)[:, None].clamp(min=1)
@@ -231,30 +245,37 @@ class PruMerge(Pruned):
 
     has_places = False
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        tower = self.model.vision_tower
-        with tower_calls(tower.layers[-1]) as calls:
-            features, salience = super().encode(pixels)
-        q, k = (torch.cat(calls[name]).transpose(1, 2).flatten(2) for name in ("queries", "keys"))
-        self.keys = self.model.merge_patches(k[:, tower.summary_tokens :])  # (images, n, merge^2 C)
-        if tower.summary_tokens:
-            scores = (q[:, :1] @ k.mT / math.sqrt(k.shape[2])).softmax(-1)[:, 0]
-            salience = self.model.merge_salience(scores[:, tower.summary_tokens :])
-        return features, salience
+    def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:
+        self.keys: PerView = []
+        return super().encode(pixels)
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        n, keep = salience.shape[1], max(self.budget(salience) - 1, 1)
-        index = select_tokens(salience, keep)
-        weighted = salience[..., None].to(features) * features
-        similar = F.normalize(self.keys, dim=-1)
-        similar = gather_tokens(similar, index) @ similar.mT  # (images, keep, n)
-        similar.scatter_(2, index[..., None], -math.inf)  # not itself
+    def salience(self, q: Tensor, k: Tensor) -> Tensor:
+        tower = self.model.vision_tower
+        s = tower.summary_tokens
+        wide_q, wide_k = (x.transpose(1, 2).flatten(2) for x in (q, k))  # (views, T, C)
+        self.keys += tower.merge(wide_k[:, s:])  # (n, merge^2 C)
+        if not s:
+            return patch_salience(q, k, 0)
+        scores = wide_q[:, :1] @ wide_k.mT / math.sqrt(wide_k.shape[2])
+        return scores.softmax(-1)[:, 0, s:]
+
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        kept, index = zip(*map(self.merged, features, salience, self.keys))
+        return list(kept), list(index)
+
+    def merged(self, x: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (K, C) of one view's features (n, C), and places (K,) for them."""
+        n, keep = len(x), max(self.budget(x) - 1, 1)
+        index = select_tokens(scores, keep)
+        weighted = scores[:, None].to(x) * x
+        similar = F.normalize(keys, dim=-1)
+        similar = similar[index] @ similar.T  # (keep, n)
+        similar.scatter_(1, index[:, None], -math.inf)  # not itself
         near = similar.topk(min(max(round(32 * n / 576), 1), n - 1), -1).indices
-        joins = torch.zeros_like(similar).scatter_(2, near, 1).to(features)
-        kept = gather_tokens(features, index) + joins @ weighted
-        others = torch.ones_like(salience).scatter_(1, index, 0)
-        whole = (others[..., None].to(features) * weighted).sum(1, keepdim=True)
-        return torch.cat([kept, whole], 1), select_tokens(salience, keep + 1)
+        joins = torch.zeros_like(similar).scatter_(1, near, 1).to(x)
+        others = torch.ones_like(scores).scatter_(0, index, 0)
+        whole = (others[:, None].to(x) * weighted).sum(0, keepdim=True)
+        return torch.cat([x[index] + joins @ weighted, whole]), select_tokens(scores, keep + 1)
 
 
 # --- tokens dropped inside the decoder ------------------------------------------------------------
@@ -345,20 +366,21 @@ def density_peaks(x: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
     near = distance.topk(min(neighbours, len(x)), largest=False).values
     density = (-near.square().mean(-1)).exp()
     denser = density[None] > density[:, None]
-    apart = distance.masked_fill(~denser, math.inf).amin(-1)
-    apart = torch.where(apart.isinf(), distance.amax(-1), apart)
-    centres = (density * apart).topk(clusters).indices
+    gap = distance.masked_fill(~denser, math.inf).amin(-1)  # to the nearest denser point
+    gap = torch.where(gap.isinf(), distance.amax(-1), gap)
+    centres = (density * gap).topk(clusters).indices
     return distance[:, centres].argmin(-1)
 
 
-class FastV(Other):
+class FastV(PerViewMethod):
     """Layers up to `after` see everything, the others the tokens that the prompt's last row attends
     to most in layer `after`. Chosen for the first question, for good. Raises: ValueError for
     decoders of no more layers. Source: FastV (arXiv 2403.06764), whose K is `after`."""
 
     after = 2
+    encode = Dense.encode
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
         return Dense.prune(self, features, salience)
 
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
@@ -379,8 +401,8 @@ class SparseVLM(FastV):
     merged here where the paper merges hidden states.
     """
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        self.visual = self.model.project(features).flatten(0, 1)  # (V, E)
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        self.visual = self.model.project(torch.cat(features))  # (V, E)
         return super().prune(features, salience)
 
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
@@ -437,6 +459,7 @@ class FirstTurnOracle(Pruned):
     for good."""
 
     received: Tensor | None = None
+    encode = Dense.encode
 
     def see(self, images: Any, *, fps: float | None = None) -> None:
         received, self.received = self.received, None  # all tokens, until the first question
@@ -447,10 +470,10 @@ class FirstTurnOracle(Pruned):
             raise
         self.seen = images, fps
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
         if self.received is None:  # no question yet
             return Dense.prune(self, features, salience)
-        return prune_to(features, self.received.view_as(salience), self.budget(salience))
+        return self.prune_by(features, list(self.received.split([len(x) for x in features])))
 
     def ask(self, question: str, **options: Any) -> Answer:
         if self.received is None and self.cache is not None:
@@ -482,20 +505,17 @@ class RandomRetrieval(SparseVILA):
 class RandomSalience(SparseVILA):
     """A salience that means nothing."""
 
-    def prune(self, features: Tensor, salience: Tensor) -> tuple[Tensor, Tensor]:
-        return super().prune(features, torch.rand_like(salience))
+    encode = Dense.encode
+
+    def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
+        return super().prune(features, [torch.rand(len(x), device=x.device) for x in features])
 
 
 class MeanSalience(SparseVILA):
     """Salience as without a class token: the attention received from all rows of the tower."""
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        tower = self.model.vision_tower
-        with tower_calls(tower.layers[-1]) as calls:
-            features, _ = super().encode(pixels)
-        q, k = (torch.cat(calls[name]) for name in ("queries", "keys"))
-        salience = token_salience(q, k, 0)[:, tower.summary_tokens :]
-        return features, self.model.merge_salience(salience)
+    def salience(self, q: Tensor, k: Tensor) -> Tensor:
+        return patch_salience(q, k, 0)[:, self.model.vision_tower.summary_tokens :]
 
 
 class SharedCache(RetrievalCache):

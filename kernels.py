@@ -1,36 +1,38 @@
 """The four array operations SparseVILA is made of: as Triton kernels, and as the few lines of
-PyTorch that define them.
+PyTorch that define them; and the one product on a CPU that PyTorch does not do well.
 
     attention_lse      log of the softmax denominator, one number per query row
     attention_colsum   how much attention every key receives: the column sums of the softmax matrix
     gather_tokens      copy chosen rows together: used by pruning and by packing
     decode_attention   one query against the first rows of a cache buffer
+    linear             x W^T + b, on a CPU by the library that is fastest there
 
 `attention_colsum` is the operation the method rests on: pruning reads it off the vision tower,
 retrieval off every decoder layer. The softmax matrix A (M x N) is never stored. A first pass over
 the scores leaves each row's log-sum-exp, a second pass adds exp(score - lse) into the columns.
 
-For every operation `<name>` there is a `<name>_reference`, its definition in plain PyTorch, and a
-Triton kernel. `<name>` checks its arguments and dispatches: tensors on a CUDA device go to the
-kernel (heads of up to MAX_HEAD_DIM), all others to the reference (also where triton is missing).
-With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, one program after the other,
-for tests and debuggers.
+Each of the first four stands here as the public function `<name>`, which checks its arguments and
+dispatches; `<name>_reference`, its definition in plain PyTorch; its Triton kernel; and the kernel's
+launcher. Tensors on a CUDA device go to the kernel (heads of up to MAX_HEAD_DIM), all others to the
+reference (also where triton is missing). With TRITON_INTERPRET=1 in the environment the kernels run
+on the CPU, one program after the other, for tests and debuggers.
 
 The kernels use no atomics: every output element is written by one program, which adds in a fixed
 order, so that the same input gives the same bits every time.
 
 Axes: B batch, H query heads, G key/value heads (G divides H: query head h reads key head h // (H /
-G)), M query rows, N key columns, D head size, E hidden size, K gathered rows, S splits. The method
-and the streaming scheme: SparseVILA (arXiv 2510.17777), Algorithm 2; the running maximum:
-FlashAttention (arXiv 2205.14135); splitting a decoding step over the keys: Flash-Decoding.
+G)), M query rows, N key columns, D head size, E hidden size, K chosen rows, P parts that the keys
+are split into. Sources: the method and the streaming scheme are SparseVILA's (arXiv 2510.17777),
+Algorithm 2; the running maximum is FlashAttention's (arXiv 2205.14135); the split of a decoding
+step over the keys is Flash-Decoding's.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
-from itertools import chain
+import math
+import platform
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -48,37 +50,30 @@ CHUNK_BYTES = 16 * 2**20  # PyTorch path: a block of float32 scores; attention_l
 MAX_HEAD_DIM = 256  # of the Triton path; larger heads take the PyTorch path
 
 
-# --- attention_lse and attention_colsum: PyTorch --------------------------------------------------
+# --- attention_lse --------------------------------------------------------------------------------
 
 
-def _score_chunks(
-    q: Tensor, k: Tensor, causal: bool, scale: float | None
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield (b, rows, scores), scores (G, H/G, m, n) float32 of m query rows of batch entry b
-    against its first n keys.
+def attention_lse(
+    q: Tensor, k: Tensor, *, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Log-sum-exp of every row of attention scores: lse[b,h,i] = ln sum_j exp(scale * q_i . k_j).
 
-    Causal is right-aligned: row i sees keys 0 .. N - M + i, and the others are -inf. Left out are
-    keys that no row of the chunk sees (n < N) and, if M > N, the first rows, which see none. One
-    entry at a time, because models leave the heads of a token side by side in memory: the keys of
-    one entry can be multiplied as they lie, those of several would be copied for every chunk.
+    Args:
+        q: queries (B, H, M, D), float32, float16 or bfloat16; any strides.
+        k: keys (B, G, N, D), same dtype and device, any strides; G divides H.
+        causal: right-aligned mask, row i sees keys j <= N - M + i. A row that sees none has -inf.
+        scale: factor on the scores; D**-0.5 if None.
+
+    Returns: (B, H, M) float32, natural logarithm.
+    Raises: ValueError for shapes, dtypes or devices that do not fit together.
+    Cost: 2 B H M N D FLOPs (half if causal and M = N); reads q once, and k once per block of rows,
+    for all H/G heads of a group.
+    Source: first pass of the paper's Algorithm 2 kernel.
     """
-    B, H, M, D = q.shape
-    G, N = k.shape[1], k.shape[2]
-    step = max(1, CHUNK_BYTES // (4 * H * N))
-    for b in range(B):
-        queries = q[b].unflatten(0, (G, H // G))  # (G, H/G, M, D): the heads of a group together
-        keys = k[b].float().mT  # (G, D, N): one copy per group, not one per query head
-        for start in range(max(0, M - N) if causal else 0, M, step):
-            stop = min(start + step, M)
-            n = N - M + stop if causal else N
-            rows = queries[..., start:stop, :].float().flatten(1, 2)  # (G, H/G * m, D)
-            scores = (rows @ keys[..., :n]).unflatten(1, (H // G, stop - start))
-            scores *= D**-0.5 if scale is None else scale
-            if causal:
-                last = torch.arange(start, stop, device=q.device)[:, None] + (N - M)
-                scores.masked_fill_(torch.arange(n, device=q.device) > last, float("-inf"))
-            yield b, slice(start, stop), scores
-            del scores  # before the next chunk is made
+    _check_heads(q, k)
+    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
+        return _attention_lse_triton(q, k, causal=causal, scale=scale)
+    return attention_lse_reference(q, k, causal=causal, scale=scale)
 
 
 def attention_lse_reference(
@@ -92,41 +87,6 @@ def attention_lse_reference(
     return lse
 
 
-def attention_colsum_reference(
-    q: Tensor,
-    k: Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """`attention_colsum` in plain PyTorch: float32 arithmetic, query rows in chunks. A chunk holds
-    whole rows, so that one pass is enough."""
-    B, H, _, _ = q.shape
-    G, N = k.shape[1], k.shape[2]
-    colsum = q.new_zeros(B, G, H // G, N, dtype=torch.float32)
-    for b, rows, scores in _score_chunks(q, k, causal, scale):
-        if lse is None:
-            in_place = None if scores.requires_grad else scores
-            weights = torch.softmax(scores, -1, out=in_place)  # (G, H/G, m, n)
-        else:
-            weights = scores.sub_(lse[b, :, rows].unflatten(0, (G, H // G))[..., None]).exp_()
-        colsum[b, ..., : weights.shape[-1]] += weights.sum(-2)
-        del scores, weights  # one block, given back before the next chunk is made
-    return colsum.flatten(1, 2)
-
-
-# --- attention_lse and attention_colsum: Triton ---------------------------------------------------
-
-
-@jit
-def _dot(a, b, UPCAST: tl.constexpr):
-    """a @ b in float32. The interpreter multiplies bfloat16 wrongly, without an error: UPCAST."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")  # float32 is not rounded to tf32
-
-
 @jit
 def _lse_kernel(
     q, k, lse,
@@ -136,7 +96,7 @@ def _lse_kernel(
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """lse[s, b, h, i] = ln sum_j exp(scale * q[b, h, i] . k[b, g, j]) over the j of chunk s."""
+    """lse[p, b, h, i] = ln sum_j exp(scale * q[b, h, i] . k[b, g, j]) over the j of part p."""
     # 1. Load a block of the group's GROUP * M query rows: row by row, in each the heads side by
     #    side, so that all heads share every key tile and a block spans few rows of the mask.
     batch, g = (tl.program_id(2) // G).to(tl.int64), (tl.program_id(2) % G).to(tl.int64)
@@ -172,6 +132,88 @@ def _lse_kernel(
     B, H = tl.num_programs(2) // G, G * GROUP
     out = lse + ((tl.program_id(1).to(tl.int64) * B + batch) * H + h) * M + i
     tl.store(out, top + tl.log(total), mask=i < M)
+
+
+def _attention_lse_triton(
+    q: Tensor, k: Tensor, *, causal: bool, scale: float | None, parts: int | None = None
+) -> Tensor:
+    """Launch `_lse_kernel`. With few rows the keys are split, so that all of the chip works."""
+    q, k = _near(q), _near(k)
+    B, H, M, D = q.shape
+    G, N = k.shape[1], k.shape[2]
+    blocks = _blocks(M * H // G, D, q.element_size())
+    row_blocks = triton.cdiv(M * H // G, blocks["BLOCK_R"])
+    chunk = _chunk(N, row_blocks * B * G, blocks["BLOCK_N"], q.device, parts)
+    lse = q.new_empty(triton.cdiv(N, chunk), B, H, M, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _lse_kernel[(row_blocks, len(lse), B * G)](
+            q, k, lse, *q.stride(), *k.stride(), M, N, chunk, D**-0.5 if scale is None else scale,
+            G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
+        )  # fmt: skip
+    return lse.logsumexp(0) if len(lse) > 1 else lse[0]
+
+
+# --- attention_colsum -----------------------------------------------------------------------------
+
+
+def attention_colsum(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Column sums of the softmax matrix: colsum[b,h,j] = sum_i exp(scale * q_i . k_j - lse[b,h,i]).
+
+    The weights of a row add up to 1, so the N sums of a head add up to the number of rows that see
+    a key: M unless causal and M > N.
+
+    Args:
+        q, k, causal, scale: as for `attention_lse`.
+        lse: (B, H, M) float32 from `attention_lse` of the same arguments; saves the first pass.
+
+    Returns: (B, H, N) float32. Divide by M for the mean attention that a key receives.
+    Raises: ValueError for shapes, dtypes or devices that do not fit together.
+    Cost: 4 B H M N D FLOPs and two reads of q and k (half of both if `lse` is given, and in the
+    PyTorch path); the second pass reads k once and q once per block of keys.
+    Source: SparseVILA, Algorithm 2.
+    """
+    _check_heads(q, k)
+    if lse is not None:
+        _check_tensors(lse)
+        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], torch.float32, q.device):
+            raise ValueError(
+                f"lse must be float32 of shape {tuple(q.shape[:3])} on {q.device}, "
+                f"got {lse.dtype} of shape {tuple(lse.shape)} on {lse.device}"
+            )
+    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
+        return _attention_colsum_triton(q, k, causal=causal, scale=scale, lse=lse)
+    return attention_colsum_reference(q, k, causal=causal, scale=scale, lse=lse)
+
+
+def attention_colsum_reference(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """`attention_colsum` in plain PyTorch: float32 arithmetic, query rows in chunks. A chunk holds
+    whole rows, so that one pass is enough."""
+    B, H, _, _ = q.shape
+    G, N = k.shape[1], k.shape[2]
+    colsum = q.new_zeros(B, G, H // G, N, dtype=torch.float32)
+    for b, rows, scores in _score_chunks(q, k, causal, scale):
+        if lse is None:
+            in_place = None if scores.requires_grad else scores
+            weights = torch.softmax(scores, -1, out=in_place)  # (G, H/G, m, n)
+        else:
+            weights = scores.sub_(lse[b, :, rows].unflatten(0, (G, H // G))[..., None]).exp_()
+        colsum[b, ..., : weights.shape[-1]] += weights.sum(-2)
+        del scores, weights  # one block, given back before the next chunk is made
+    return colsum.flatten(1, 2)
 
 
 @jit
@@ -211,25 +253,6 @@ def _colsum_kernel(
         tl.store(out, tl.sum(received, 1), mask=n < N)
 
 
-def _attention_lse_triton(
-    q: Tensor, k: Tensor, *, causal: bool, scale: float | None, splits: int | None = None
-) -> Tensor:
-    """Launch `_lse_kernel`. With few rows the keys are split, so that all of the chip works."""
-    q, k = _near(q), _near(k)
-    B, H, M, D = q.shape
-    G, N = k.shape[1], k.shape[2]
-    blocks = _blocks(M * H // G, D, q.element_size())
-    row_blocks = triton.cdiv(M * H // G, blocks["BLOCK_R"])
-    chunk = _chunk(N, row_blocks * B * G, blocks["BLOCK_N"], q.device, splits)
-    lse = q.new_empty(triton.cdiv(N, chunk), B, H, M, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        _lse_kernel[(row_blocks, len(lse), B * G)](
-            q, k, lse, *q.stride(), *k.stride(), M, N, chunk, D**-0.5 if scale is None else scale,
-            G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
-        )  # fmt: skip
-    return lse.logsumexp(0) if len(lse) > 1 else lse[0]
-
-
 def _attention_colsum_triton(
     q: Tensor, k: Tensor, *, causal: bool, scale: float | None, lse: Tensor | None
 ) -> Tensor:
@@ -251,72 +274,74 @@ def _attention_colsum_triton(
     return colsum
 
 
-# --- attention_lse and attention_colsum: the public functions -------------------------------------
+# --- what the two share ---------------------------------------------------------------------------
 
 
-def attention_lse(
-    q: Tensor, k: Tensor, *, causal: bool = False, scale: float | None = None
-) -> Tensor:
-    """Log-sum-exp of every row of attention scores: lse[b,h,i] = ln sum_j exp(scale * q_i . k_j).
+def _score_chunks(
+    q: Tensor, k: Tensor, causal: bool, scale: float | None
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Yield (b, rows, scores), scores (G, H/G, m, n) float32 of m query rows of batch entry b
+    against its first n keys.
 
-    Args:
-        q: queries (B, H, M, D), float32, float16 or bfloat16; any strides.
-        k: keys (B, G, N, D), same dtype and device, any strides; G divides H.
-        causal: right-aligned mask, row i sees keys j <= N - M + i. A row that sees none has -inf.
-        scale: factor on the scores; D**-0.5 if None.
-
-    Returns: (B, H, M) float32, natural logarithm.
-    Raises: ValueError for shapes, dtypes or devices that do not fit together.
-    Cost: 2 B H M N D FLOPs (half if causal and M = N); reads q once, and k once per block of rows,
-    for all H/G heads of a group.
-    Source: first pass of the paper's Algorithm 2 kernel.
+    Causal is right-aligned: row i sees keys 0 .. N - M + i, and the others are -inf. Left out are
+    keys that no row of the chunk sees (n < N) and, if M > N, the first rows, which see none. One
+    entry at a time, because models leave the heads of a token side by side in memory: the keys of
+    one entry can be multiplied as they lie, those of several would be copied for every chunk.
     """
-    _check_heads(q, k)
-    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
-        return _attention_lse_triton(q, k, causal=causal, scale=scale)
-    return attention_lse_reference(q, k, causal=causal, scale=scale)
+    B, H, M, D = q.shape
+    G, N = k.shape[1], k.shape[2]
+    step = max(1, CHUNK_BYTES // (4 * H * N))
+    for b in range(B):
+        queries = q[b].unflatten(0, (G, H // G))  # (G, H/G, M, D): the heads of a group together
+        keys = k[b].float().mT  # (G, D, N): one copy per group, not one per query head
+        for start in range(max(0, M - N) if causal else 0, M, step):
+            stop = min(start + step, M)
+            n = N - M + stop if causal else N
+            rows = queries[..., start:stop, :].float().flatten(1, 2)  # (G, H/G * m, D)
+            scores = (rows @ keys[..., :n]).unflatten(1, (H // G, stop - start))
+            scores *= D**-0.5 if scale is None else scale
+            if causal:
+                last = torch.arange(start, stop, device=q.device)[:, None] + (N - M)
+                scores.masked_fill_(torch.arange(n, device=q.device) > last, float("-inf"))
+            yield b, slice(start, stop), scores
+            del scores  # before the next chunk is made
 
 
-def attention_colsum(
-    q: Tensor,
-    k: Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """Column sums of the softmax matrix: colsum[b,h,j] = sum_i exp(scale * q_i . k_j - lse[b,h,i]).
-
-    The weights of a row add up to 1, so the N sums of a head add up to the number of rows that see
-    a key: M unless causal and M > N.
-
-    Args:
-        q, k, causal, scale: as for `attention_lse`.
-        lse: (B, H, M) float32 from `attention_lse` of the same arguments; saves the first pass.
-
-    Returns: (B, H, N) float32. Divide by M for the mean attention that a key receives.
-    Raises: ValueError for shapes, dtypes or devices that do not fit together.
-    Cost: 4 B H M N D FLOPs and two reads of q and k (half of both if `lse` is given, and in the
-    PyTorch path); the second pass reads k once and q once per block of keys.
-    Expected on an H200 (4.8 TB/s, 989 TFLOP/s in float16) with H = G = 32, D = 128: M = 64, N =
-    16384 reads 134 MB of keys twice, 56 us; M = N = 16384 does 4.4e12 FLOPs, 4.4 ms. Not measured
-    yet.
-    Source: SparseVILA, Algorithm 2.
-    """
-    _check_heads(q, k)
-    if lse is not None:
-        _check_tensors(lse)
-        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], torch.float32, q.device):
-            raise ValueError(
-                f"lse must be float32 of shape {tuple(q.shape[:3])} on {q.device}, "
-                f"got {lse.dtype} of shape {tuple(lse.shape)} on {lse.device}"
-            )
-    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
-        return _attention_colsum_triton(q, k, causal=causal, scale=scale, lse=lse)
-    return attention_colsum_reference(q, k, causal=causal, scale=scale, lse=lse)
+@jit
+def _dot(a, b, UPCAST: tl.constexpr):
+    """a @ b in float32. The interpreter multiplies bfloat16 wrongly, without an error: UPCAST."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")  # float32 is not rounded to tf32
 
 
 # --- gather_tokens and gather_keys_values ---------------------------------------------------------
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x along its token axis: out[b, ..., i, :] = x[b, ..., index[b, i], :].
+
+    Args:
+        x: (B, N, E) features or (B, G, N, D) keys or values, any dtype and strides.
+        index: (B, K) int64 on the same device, each in [0, N); the heads of a batch entry share it.
+
+    Returns: (B, K, E) or (B, G, K, D), contiguous; no gradients flow through it.
+    Raises: ValueError for shapes, dtypes or devices that do not fit, and for an index outside [0,
+    N) (to find one, a GPU must be waited for).
+    Cost: K rows read and written.
+    Source: the compaction step of Algorithms 2 and 3.
+    """
+    _check_index(x, index)
+    return _gather([x], index)[0]
+
+
+def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`gather_tokens` of k and v (B, G, N, D) with one index (B, K), in one launch: two tensors
+    (B, G, K, D). Raises: ValueError like `gather_tokens`, and for values unlike the keys."""
+    _check_values(k, v)
+    _check_index(k, index)
+    k, v = _gather([k, v], index)
+    return k, v
 
 
 def gather_tokens_reference(x: Tensor, index: Tensor) -> Tensor:
@@ -325,6 +350,13 @@ def gather_tokens_reference(x: Tensor, index: Tensor) -> Tensor:
     for b, chosen in enumerate(index):
         torch.index_select(x[b].detach(), -2, chosen, out=out[b])
     return out
+
+
+def _gather(sources: list[Tensor], index: Tensor) -> list[Tensor]:
+    """The chosen rows of one or two tensors, by whichever path takes them."""
+    if _on_triton(sources[0]) and sources[0].element_size() <= 8:
+        return _gather_triton(sources, index)
+    return [gather_tokens_reference(source, index) for source in sources]
 
 
 @jit
@@ -376,41 +408,45 @@ def _gather_triton(sources: list[Tensor], index: Tensor) -> list[Tensor]:
     return [out.view(x.dtype) for out in outs]
 
 
-def _gather(sources: list[Tensor], index: Tensor) -> list[Tensor]:
-    """The chosen rows of one or two tensors, by whichever path takes them."""
-    if _on_triton(sources[0]) and sources[0].element_size() <= 8:
-        return _gather_triton(sources, index)
-    return [gather_tokens_reference(source, index) for source in sources]
+# --- decode_attention -----------------------------------------------------------------------------
 
 
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x along its token axis: out[b, ..., i, :] = x[b, ..., index[b, i], :].
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    length: int | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of one query row over the first `length` rows of a cache buffer.
+
+    out[b,h] = sum_{j < length} softmax_j(scale * q . k_j) v_j
 
     Args:
-        x: (B, N, E) features or (B, G, N, D) keys or values, any dtype and strides.
-        index: (B, K) int64 on the same device, each in [0, N); the heads of a batch entry share it.
+        q: (B, H, 1, D), float32, float16 or bfloat16; any strides.
+        k, v: buffers (B, G, capacity, D), same dtype and device; G divides H. Rows from `length` on
+            are never read.
+        length: int, or a 0-d integer tensor on the same device; the whole buffer if None. On a GPU
+            the tensor's value is not checked (that would mean to wait for it), so that a CUDA graph
+            can replay the step while it grows.
+        scale: factor on the scores; D**-0.5 if None.
 
-    Returns: (B, K, E) or (B, G, K, D), contiguous; no gradients flow through it.
-    Raises: ValueError for shapes, dtypes or devices that do not fit, and for an index outside [0,
-    N) (to find one, a GPU must be waited for).
-    Cost: K rows read and written. Expected on an H200 (4.8 TB/s): 16384 rows of 4 heads, D = 128,
-    float16, are 17 MB read and 17 MB written, 7 us. Not measured yet.
-    Source: the compaction step of Algorithms 2 and 3.
+    Returns: (B, H, 1, D) of q's dtype.
+    Raises: ValueError for shapes, dtypes or devices that do not fit, or length outside [1,
+    capacity].
+    Cost: reads 2 B G length D elements, once for all heads of a group; 4 B H length D FLOPs: bound
+    by memory bandwidth.
+    Source: our own choice (the paper decodes with its serving engine's).
     """
-    _check_index(x, index)
-    return _gather([x], index)[0]
-
-
-def gather_keys_values(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`gather_tokens` of k and v (B, G, N, D) with one index (B, K), in one launch: two tensors
-    (B, G, K, D). Raises: ValueError as there, and for values unlike the keys."""
+    _check_heads(q, k)
     _check_values(k, v)
-    _check_index(k, index)
-    k, v = _gather([k, v], index)
-    return k, v
-
-
-# --- decode_attention -----------------------------------------------------------------------------
+    if q.shape[2] != 1:
+        raise ValueError(f"q must be (B, H, 1, D), got {tuple(q.shape)}")
+    length = _check_length(length, k)
+    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
+        return _decode_attention_triton(q, k, v, length=length, scale=scale)
+    return decode_attention_reference(q, k, v, length=length, scale=scale)
 
 
 def decode_attention_reference(
@@ -441,12 +477,12 @@ def _decode_kernel(
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ON_DEVICE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, b, h] = attention of q[b, h] over split s of the rows, lse[s, b, h] its weight."""
-    # 1. The split's rows depend on the length and the number of splits only, not on the buffer.
+    """partial[p, b, h] = attention of q[b, h] over part p of the rows, lse[p, b, h] its weight."""
+    # 1. The part's rows depend on the length and the number of parts only, not on the buffer.
     if ON_DEVICE:
         length = tl.load(length).to(tl.int32)
-    splits = tl.num_programs(0)
-    chunk = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    parts = tl.num_programs(0)
+    chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK_N) * BLOCK_N
     start = tl.program_id(0) * chunk
     stop = tl.minimum(start + chunk, length)
 
@@ -481,7 +517,7 @@ def _decode_kernel(
         mixed = mixed * shrink[:, None] + _dot(weights.to(v_tile.dtype), v_tile, UPCAST)
         top = new_top
 
-    # 4. Store; an empty split has weight 0 (lse = -inf).
+    # 4. Store; an empty part has weight 0 (lse = -inf).
     B, H = tl.num_programs(1) // G, G * GROUP
     out = (tl.program_id(0).to(tl.int64) * B + batch) * H + h
     tl.store(lse + out, top + tl.log(total), mask=head < GROUP)
@@ -492,15 +528,15 @@ def _decode_kernel(
 @jit
 def _combine_kernel(
     partial, lse, out, heads,
-    S: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h] = sum_s softmax_s(lse[s, b, h]) partial[s, b, h]."""
+    """out[b, h] = sum_p softmax_p(lse[p, b, h]) partial[p, b, h]."""
     head = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    weights = tl.load(lse + s * heads + head, mask=s < S, other=float("-inf"))
+    p, d = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    weights = tl.load(lse + p * heads + head, mask=p < PARTS, other=float("-inf"))
     weights = tl.exp(weights - tl.max(weights, 0))
-    rows = partial + (s * heads + head)[:, None] * D + d
-    parts = tl.load(rows, mask=(s < S)[:, None] & (d < D), other=0.0)
+    rows = partial + (p * heads + head)[:, None] * D + d
+    parts = tl.load(rows, mask=(p < PARTS)[:, None] & (d < D), other=0.0)
     mixed = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out + head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
 
@@ -512,20 +548,20 @@ def _decode_attention_triton(
     *,
     length: int | Tensor,
     scale: float | None,
-    splits: int | None = None,
+    parts: int | None = None,
 ) -> Tensor:
-    """Launch `_decode_kernel` on every split of every key head, then `_combine_kernel`."""
+    """Launch `_decode_kernel` on every part of every key head, then `_combine_kernel`."""
     k, v = _near(k), _near(v)
     B, H, _, D = q.shape
     G = k.shape[1]
     blocks = _blocks(1, D, k.element_size())
     del blocks["BLOCK_R"]
-    splits = splits or min(64, _programs(q.device) // (B * G)) or 1
-    partial = q.new_empty(splits, B, H, D, dtype=torch.float32)
-    lse = q.new_empty(splits, B, H, dtype=torch.float32)
+    parts = parts or min(64, _programs(q.device) // (B * G)) or 1
+    partial = q.new_empty(parts, B, H, D, dtype=torch.float32)
+    lse = q.new_empty(parts, B, H, dtype=torch.float32)
     out = q.new_empty(B, H, 1, D)
     with torch.cuda.device_of(q):
-        _decode_kernel[(splits, B * G)](
+        _decode_kernel[(parts, B * G)](
             q, k, v, partial, lse, length, q.stride(0), q.stride(1), q.stride(3),
             *k.stride(), *v.stride(), D**-0.5 if scale is None else scale,
             G=G, GROUP=H // G, D=D, ON_DEVICE=isinstance(length, Tensor),
@@ -533,48 +569,57 @@ def _decode_attention_triton(
         )  # fmt: skip
         _combine_kernel[(B * H, triton.cdiv(D, 64))](
             partial, lse, out, B * H,
-            S=splits, D=D, BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=64,
+            PARTS=parts, D=D, BLOCK_P=triton.next_power_of_2(parts), BLOCK_D=64,
         )  # fmt: skip
     return out
 
 
-def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    length: int | Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention of one query row over the first `length` rows of a cache buffer.
+# --- linear ---------------------------------------------------------------------------------------
 
-    out[b,h] = sum_{j < length} softmax_j(scale * q . k_j) v_j
+# oneDNN's product, as torch.compile uses it; not in every build.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+MKL = torch.backends.mkl.is_available()
+CPUINFO = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` names the processor
+AMD = "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
 
-    Args:
-        q: (B, H, 1, D), float32, float16 or bfloat16; any strides.
-        k, v: buffers (B, G, capacity, D), same dtype and device; G divides H. Rows from `length` on
-            are never read.
-        length: int, or a 0-d integer tensor on the same device; the whole buffer if None. On a GPU
-            the tensor's value is not checked (that would mean to wait for it), so that a CUDA graph
-            can replay the step while it grows.
-        scale: factor on the scores; D**-0.5 if None.
 
-    Returns: (B, H, 1, D) of q's dtype.
-    Raises: ValueError for shapes, dtypes or devices that do not fit, or length outside [1,
-    capacity].
-    Cost: reads 2 B G length D elements, once for all heads of a group; 4 B H length D FLOPs: bound
-    by memory bandwidth. Expected on an H200 (4.8 TB/s): 131072 rows of 4 heads, D = 128, float16,
-    are 268 MB, 56 us. Not measured yet.
-    Source: our own choice (the paper decodes with its serving engine's).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + b: x (..., inputs), weight W (outputs, inputs), bias (outputs,) -> y (...,
+    outputs).
+
+    torch.nn.functional.linear, but for float32 on a CPU without gradients, where that calls MKL:
+
+    * One row: reading W takes all the time, and MKL does it on one core. Its batched product, W cut
+      into blocks of outputs, uses all: as W x on AMD's processors, as x W^T on Intel's.
+    * Many rows: MKL is slow on AMD's processors; oneDNN is not.
+    * Weights below 2^17 numbers do not earn back the 10 us that these calls cost more.
+
+    Milliseconds on 2 cores of an AMD EPYC 7003 that read 20 GB/s (`python -m bench kernels`,
+    2026-11-25): F.linear, this function, and with one row the other order of the batched product.
+
+        inputs x outputs      1 row                256 rows
+         512 x  1408       0.41  0.20  0.26      3.1    2.6
+         576 x 49280      13.4   7.1   7.6     209    152
+        2048 x  5632       3.5   3.4   2.7      62     47
+        4096 x  4096       5.8   5.1   3.8      89     67
+        4096 x 11008      14.8  12.1   9.5     239    191
+
+    Source: our choice.
     """
-    _check_heads(q, k)
-    _check_values(k, v)
-    if q.shape[2] != 1:
-        raise ValueError(f"q must be (B, H, 1, D), got {tuple(q.shape)}")
-    length = _check_length(length, k)
-    if _on_triton(q) and q.shape[3] <= MAX_HEAD_DIM:
-        return _decode_attention_triton(q, k, v, length=length, scale=scale)
-    return decode_attention_reference(q, k, v, length=length, scale=scale)
+    outputs, inputs = weight.shape
+    float32_on_cpu = weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32
+    if not float32_on_cpu or weight.numel() < 2**17 or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if MKL and x.numel() == inputs:
+        n = math.gcd(outputs, 16)
+        blocks = weight.view(n, -1, inputs)  # (n, outputs / n, inputs)
+        row = x.reshape(1, 1, inputs).expand(n, 1, inputs)
+        y = torch.bmm(blocks, row.mT) if AMD else torch.bmm(row, blocks.mT)
+        y = y.view(*x.shape[:-1], outputs)
+        return y if bias is None else y + bias
+    if ONEDNN_LINEAR:
+        return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 # --- launch parameters ----------------------------------------------------------------------------
@@ -604,14 +649,15 @@ def _programs(device: torch.device) -> int:
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _chunk(N: int, programs: int, block: int, device: torch.device, splits: int | None) -> int:
-    """Keys per split, a multiple of the block: enough splits to keep the chip busy."""
-    splits = splits or max(1, _programs(device) // programs)
-    return triton.cdiv(triton.cdiv(N, splits), block) * block
+def _chunk(N: int, programs: int, block: int, device: torch.device, parts: int | None) -> int:
+    """Keys per part, a multiple of the block: enough parts to keep the chip busy."""
+    parts = parts or max(1, _programs(device) // programs)
+    return triton.cdiv(triton.cdiv(N, parts), block) * block
 
 
 def _near(x: Tensor) -> Tensor:
-    """x, copied if its rows lie so far apart that a tile's 32-bit offsets would overflow."""
+    """x, copied where a tile's 32-bit offsets would overflow, because its rows are far from each
+    other in memory."""
     return x if 256 * max(x.stride()[2:]) < 2**31 else x.contiguous()
 
 
@@ -691,150 +737,3 @@ def _check_length(length: int | Tensor | None, k: Tensor) -> int | Tensor:
     if type(length) is not int or not 1 <= length <= capacity:
         raise ValueError(f"length must be an integer in [1, {capacity}], got {length!r}")
     return length
-
-
-# --- benchmark: python kernels.py -----------------------------------------------------------------
-
-# (what it is, B, H, G, M, N, D, causal). First the rows of flash-colreduce's public log
-# (benchmarks/results/rtx-pro-6000-blackwell.log), then shapes of real models: a vision tower's last
-# layer, and a question of 64 tokens against what 75 % pruning leaves.
-SHAPES = (
-    [("log", B, 32, 32, 1024, 1024, 128, False) for B in (1, 4, 16, 64, 256)]
-    + [("log", 1, 32, 32, N, N, 128, False) for N in (1024, 2048, 4096, 8192, 16384)]
-    + [("log", B, 32, 32, 64, 16384, 128, True) for B in (1, 4, 16, 64, 256)]
-    + [("log", 1, 32, 32, 512, N, 128, True) for N in (16384, 32768, 65536, 131072, 262144)]
-    + [
-        ("SigLIP 448, 256 frames, vision", 256, 16, 16, 1024, 1024, 72, False),
-        ("Qwen2-7B, 256 frames, question", 1, 28, 4, 64, 16384, 128, True),
-        ("Qwen2.5-VL-7B, 1960 x 1064, vision", 1, 16, 16, 10640, 10640, 80, False),
-        ("Qwen2.5-VL-7B, 1960 x 1064, question", 1, 28, 4, 64, 665, 128, True),
-        ("SmolVLM-256M, 17 tiles, vision", 17, 12, 12, 1024, 1024, 64, False),
-        ("SmolVLM-256M, 17 tiles, question", 1, 9, 3, 64, 272, 64, True),
-    ]
-)
-LENGTHS = (1024, 4096, 32768, 131072, 262144)  # of a cache with 28 query and 4 key heads, D = 128
-
-
-def naive_colsum(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """What everybody writes first: heads expanded, the whole M x N matrix in q's dtype."""
-    M, N = q.shape[2], k.shape[2]
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = q @ k.mT * q.shape[3] ** -0.5
-    if causal:
-        hidden = torch.ones(M, N, dtype=torch.bool, device=q.device).triu(N - M + 1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1).sum(-2)
-
-
-def naive_gather(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """What everybody writes first: advanced indexing, keys and values apart."""
-    return k[:, :, index[0]], v[:, :, index[0]]
-
-
-def _time(call: Callable, *args, **kwargs) -> float | None:
-    """Median milliseconds of a call; None if it runs out of memory."""
-    try:
-        if args[0].is_cuda:
-            return triton.testing.do_bench(lambda: call(*args, **kwargs), return_mode="median")
-        times = []
-        for _ in range(4):
-            began = time.perf_counter()
-            call(*args, **kwargs)
-            times.append(1000 * (time.perf_counter() - began))
-        return sorted(times[1:])[1]  # the first warms up
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _peaks(new: dict, gpu: bool) -> tuple[float, float]:
-    """What this machine reaches: bytes per millisecond of a copy, FLOPs per millisecond of a
-    matmul."""
-    big = torch.empty(2**29 if gpu else 2**25, **new)
-    copy = big.clone()
-    bandwidth = 2 * big.nbytes / min(_time(copy.copy_, big) for _ in range(3))
-    del big, copy
-    square = torch.randn(8192 if gpu else 1024, 1, **new)
-    square = square @ square.mT
-    milliseconds = min(_time(torch.matmul, square, square) for _ in range(3))
-    return bandwidth, 2 * len(square) ** 3 / milliseconds
-
-
-# A row of the table: its label, the bytes and FLOPs of the bound, milliseconds by method.
-Row = tuple[str, int, int, dict[str, float | None]]
-
-
-def _time_colsum(shapes: list[tuple], new: dict, passes: int) -> Iterator[Row]:
-    """`attention_colsum` on some of SHAPES, with so many passes over the scores."""
-    try:
-        from flash_colreduce import flash_colreduce
-    except ImportError:
-        flash_colreduce = None
-    for what, B, H, G, M, N, D, causal in shapes:
-        flops = passes * _scores_flops(B, H, G, M, N, D, causal)
-        q, k = torch.randn(B, H, M, D, **new), torch.randn(B, G, N, D, **new)
-        lse = attention_lse(q, k, causal=causal)
-        times = {"ours": _time(attention_colsum, q, k, causal=causal)}
-        times["naive"] = _time(naive_colsum, q, k, causal)
-        if flash_colreduce and H == G:
-            times["flash"] = _time(flash_colreduce, q, k, is_causal=causal, reduction="sum")
-        size = passes * (q.nbytes + k.nbytes) + 4 * B * H * (2 * M + N)
-        label = f"{what}: B {B} H {H} G {G} M {M} N {N} D {D}{' causal' if causal else ''}"
-        yield label, size, flops, times
-        given = _time(attention_colsum, q, k, causal=causal, lse=lse)
-        yield "  with lse given", size // passes, flops // passes, {"ours": given}
-
-
-def _scores_flops(B: int, H: int, G: int, M: int, N: int, D: int, causal: bool) -> int:
-    """FLOPs of one pass over the scores."""
-    return 2 * B * H * M * N * D // (2 if causal and M == N else 1)
-
-
-def _time_cache(new: dict, gpu: bool) -> Iterator[Row]:
-    """`decode_attention` and `gather_keys_values` on caches of growing length."""
-    for N in LENGTHS if gpu else LENGTHS[:3]:
-        q, (k, v) = torch.randn(1, 28, 1, 128, **new), torch.randn(2, 1, 4, N, 128, **new)
-        index = torch.arange(0, N, 2, device=k.device)[None]
-        times = {"ours": _time(decode_attention, q, k, v)}
-        times["naive"] = _time(F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
-        yield f"decode_attention: H 28 G 4 N {N} D 128", 2 * k.nbytes, 4 * 28 * N * 128, times
-        times = {
-            "ours": _time(gather_keys_values, k, v, index),
-            "naive": _time(naive_gather, k, v, index),
-        }
-        yield f"gather_keys_values: G 4 N {N} K {N // 2} D 128", 2 * k.nbytes, 0, times
-
-
-def benchmark() -> None:
-    """Time `attention_colsum`, `decode_attention` and `gather_keys_values` beside naive PyTorch,
-    flash-colreduce if it is installed, and their bounds: the larger of the bytes it must move over
-    the measured copy bandwidth and the FLOPs it must do over the measured matmul rate. The last
-    line of the output is one JSON object."""
-    gpu = torch.cuda.is_available()
-    new = {"device": "cuda", "dtype": torch.float16} if gpu else {"dtype": torch.float32}
-    bandwidth, rate = _peaks(new, gpu)
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, {new['dtype']}, torch {torch.__version__}")
-    print(
-        f"measured: copy {bandwidth / 1e6:.0f} GB/s, matmul {rate / 1e9:.2f} TFLOP/s; times in ms"
-    )
-    print(f"{'':72}{'ours':>9}{'naive':>9}{'flash':>9}{'bound':>9}{'reached':>9}")
-    shapes = [shape for shape in SHAPES if gpu or _scores_flops(*shape[1:]) <= 4e10]
-    passes = 2 if gpu else 1  # over the scores; a CPU's chunk of whole rows needs one
-    rows = []
-    timed = chain(_time_colsum(shapes, new, passes), _time_cache(new, gpu))
-    for label, size, flops, times in timed:
-        times["bound"] = max(size / bandwidth, flops / rate)
-        times["reached"] = times["bound"] / times["ours"] if times["ours"] else None
-        cells = [times.get(key) for key in ("ours", "naive", "flash", "bound")]
-        text = "".join(f"{'-' if cell is None else f'{cell:.3f}':>9}" for cell in cells)
-        text += f"{times['reached']:9.0%}" if times["reached"] else f"{'-':>9}"
-        print(f"{label:72}{text}", flush=True)
-        rows.append({"row": label, **times})
-    if not gpu:
-        skipped = len(SHAPES) - len(shapes)
-        print(f"{skipped} larger shapes and the Triton kernels need a GPU: not measured")
-    print(json.dumps({"device": name, "bandwidth": bandwidth, "matmul": rate, "rows": rows}))
-
-
-if __name__ == "__main__":
-    benchmark()

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
 import model  # noqa: E402
+from checkpoints import load, load_processor  # noqa: E402
+from checkpoints.processor import Processor  # noqa: E402
 
 TINY = ROOT / "tiny"
 # Folders of tests/golden, a tiny random checkpoint of each family and layout.
@@ -65,8 +67,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(scope="session")
-def tiny() -> tuple[model.VLM, model.Processor]:
-    return model.load(TINY, device="cpu")
+def tiny() -> tuple[model.VLM, Processor]:
+    return load(TINY, device="cpu")
 
 
 @pytest.fixture
@@ -88,9 +90,9 @@ def random_model(
     feature_layer: int = -2,
     qkv_bias: bool = False,
     tied: bool = False,
-) -> tuple[model.VLM, model.Processor]:
+) -> tuple[model.VLM, Processor]:
     """A model with random weights, and a processor with the tiny model's tokenizer."""
-    processor = model.Processor.from_pretrained(TINY)
+    processor = load_processor(TINY)
     processor.image_size = processor.resize_edge = grid * patch
     vision = model.VisionConfig(
         width=24, mlp=32, layers=vision_layers, heads=3, image_size=grid * patch,
@@ -101,6 +103,7 @@ def random_model(
         heads=kv_heads * group, kv_heads=kv_heads, head_dim=head_dim, qkv_bias=qkv_bias, tied=tied,
     )  # fmt: skip
     config = model.Config(vision, text, image_token_id=processor.image_token_id)
+    processor.config = config
     torch.manual_seed(seed)
     vlm = model.VLM(config).eval().requires_grad_(False)
     for parameter in vlm.parameters():

@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import awq
-import sparsevila
-from model import VLM, KVCache, load, open_picture
+from checkpoints import load, load_model, open_folder
+from checkpoints.processor import open_picture
+from checkpoints.values import group_size
+from model import KVCache
 from sparsevila import Dense, SparseVILA
+from tools import ask, quantise
 
 # --- numbers and file format ----------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ def test_matmul_refuses_what_does_not_fit():
         ((x, qweight.half(), qzeros, scales), "codes must stay int32 and scales float16"),
         ((x, qweight, qzeros, scales.float()), "codes must stay int32 and scales float16"),
         ((x, qweight.short(), qzeros, scales), "gemv_fast layout is not supported"),
-        ((x, qweight, qzeros[:, :1], scales), r"qzeros \(K / g, N / 8\)"),
+        ((x, qweight, qzeros[:, :1], scales), r"qzeros \(inputs / g, outputs / 8\)"),
         ((x, qweight[:63], qzeros, scales), "qweight must be"),
         ((x, qweight, qzeros, scales, torch.ones(31)), "bias must be torch.float32"),
         ((x, qweight, qzeros, scales, torch.ones(32).half()), "bias must be torch.float32"),
@@ -296,26 +299,26 @@ def test_folds_leave_the_block_as_it_was(kv_heads, group, bias, seed):
     embeddings = torch.randn(1, 7, config.width, dtype=torch.float64)
     before = vlm(embeddings)
     attention, mlp = block.self_attn, block.mlp
-    heads = group, config.head_dim
+    heads = awq.SharedHeads(group, config.head_dim)
     shared = torch.rand(kv_heads, 1, config.head_dim) + 0.5
-    for producer, consumers, s, shape in [
+    for producer, consumers, s, sharing in [
         (
             block.input_layernorm,
             [attention.q_proj, attention.k_proj, attention.v_proj],
             torch.rand(config.width) + 0.5,
-            (1, 1),
+            awq.SharedHeads(),
         ),
         (attention.v_proj, [attention.o_proj], shared.expand(-1, group, -1).flatten(), heads),
         (
             block.post_attention_layernorm,
             [mlp.gate_proj, mlp.up_proj],
             torch.rand(config.width) + 0.5,
-            (1, 1),
+            awq.SharedHeads(),
         ),
-        (mlp.up_proj, [mlp.down_proj], torch.rand(config.mlp) + 0.5, (1, 1)),
+        (mlp.up_proj, [mlp.down_proj], torch.rand(config.mlp) + 0.5, awq.SharedHeads()),
     ]:
         changed = producer.weight.clone()
-        awq.fold(producer, consumers, s.double(), shape)
+        awq.fold(producer, consumers, s.double(), sharing)
         assert not torch.equal(producer.weight, changed)
         assert torch.allclose(vlm(embeddings), before, rtol=1e-10, atol=1e-12)
 
@@ -327,8 +330,7 @@ def multimodal_batches(vlm, processor, count=3):
     """Embeddings of a picture and a question each."""
     batches = []
     for number, picture in enumerate(random_pictures(0, count)):
-        features, _ = vlm.encode(processor.pixels([picture]))
-        visual = vlm.project(features)[0]
+        visual = vlm.project(torch.cat(vlm.encode(processor.pixels([picture]))))
         ids = processor.context([len(visual)]) + processor.question(
             f"what is {number}?", first=True
         )
@@ -500,12 +502,13 @@ def test_eight_bit_products_are_exact_but_for_the_rounding_to_codes(M, K, N, bia
 def test_a_quantised_tower_sees_nearly_the_same(tiny, board):
     vlm, processor = load(TINY, device="cpu")
     pixels = processor.pixels([open_picture(board)])
-    features, salience = vlm.encode(pixels)
+    session = SparseVILA(vlm, processor)
+    (features,), (salience,) = session.encode(pixels)
     awq.quantize_tower(vlm.vision_tower, [pixels])
     assert sum(isinstance(m, awq.W8A8Linear) for m in vlm.vision_tower.modules()) == 18
-    now, ranked = vlm.encode(pixels)
+    (now,), (ranked,) = session.encode(pixels)
     assert float((now - features).norm() / features.norm()) < 0.05
-    top = lambda s: set(s[0].topk(25).indices.tolist())  # noqa: E731
+    top = lambda s: set(s.topk(25).indices.tolist())  # noqa: E731
     assert len(top(salience) & top(ranked)) >= 22
 
 
@@ -513,7 +516,7 @@ def test_a_quantised_tower_sees_nearly_the_same(tiny, board):
 
 
 def run(*arguments, **options):
-    return command_line(awq.main, *arguments, **options)
+    return command_line(quantise.main, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -532,7 +535,7 @@ def test_the_command_writes_a_folder_that_loads_and_answers(folder):
     assert settings["quant_method"] == "awq" and settings["version"] == "gemm"
     assert settings["bits"] == 4 and settings["group_size"] == 32 and settings["zero_point"]
     assert settings["vision_w8a8"] and [f.name for f in folder.parent.iterdir()] == ["quantised"]
-    result = command_line(sparsevila.main, "--model", folder, "--json")
+    result = command_line(ask.main, "--model", folder, "--json")
     content = json.loads(result.stdout)
     assert content["answers"][0]["answer"] == "orange, d3."
     assert content["precision"] == "float32 + W4A16 decoder + W8A8 tower"
@@ -577,8 +580,8 @@ def test_a_checkpoint_reads_back_with_the_same_bits(tmp_path, parts, dtype):
     batches = multimodal_batches(vlm, processor, 1)
     awq.quantize(vlm, batches, group_size=-1)
     awq.quantize_tower(vlm.vision_tower, [processor.pixels(random_pictures(0, 1)).to(dtype)])
-    awq.save(vlm, source, tmp_path / "target", -1)
-    again = VLM.from_pretrained(tmp_path / "target", device="cpu")
+    quantise.save(vlm, source, tmp_path / "target", -1)
+    again = load_model(tmp_path / "target", device="cpu")
     a, b = vlm.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
     assert same_bits(vlm(batches[0]), again(batches[0]))
@@ -621,7 +624,7 @@ def autoawq_folder(tmp_path, edit=lambda tensors, config: None):
 def test_a_folder_made_by_autoawq_loads(tmp_path):
     folder, dense, left = autoawq_folder(tmp_path)
     for dtype in (None, torch.bfloat16):
-        vlm = VLM.from_pretrained(folder, device="cpu", dtype=dtype)
+        vlm = load_model(folder, device="cpu", dtype=dtype)
         for name, weight in dense.items():
             module = vlm.get_submodule(
                 name.replace("language_model.model", "decoder").removesuffix(".weight")
@@ -703,34 +706,34 @@ def test_the_older_settings_file_is_read(tmp_path):
     folder, _, _ = autoawq_folder(tmp_path, lambda t, c: c.pop("quantization_config"))
     older = folder / "quant_config.json"
     older.write_text('{"zero_point": true, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}')
-    assert VLM.from_pretrained(folder, device="cpu").config.group_size == 32
+    assert group_size(open_folder(folder)[1]) == 32
+    assert isinstance(
+        load_model(folder, device="cpu").decoder.layers[3].mlp.up_proj, awq.W4A16Linear
+    )
     older.write_text('{"zero_point": true, "q_group_size": 32, "w_bit": 3, "version": "GEMM"}')
     with pytest.raises(ValueError, match="bits must be 4, got 3"):
-        VLM.from_pretrained(folder, device="cpu")
+        load_model(folder, device="cpu")
 
 
 @pytest.mark.parametrize("when", ["save_file", "copyfile"])
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, when):
-    import safetensors.torch
-
     vlm, processor = load(TINY, device="cpu")
     awq.quantize(vlm, multimodal_batches(vlm, processor, 1), group_size=32, grid=1, clip=False)
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    module = safetensors.torch if when == "save_file" else shutil
+    module = quantise if when == "save_file" else shutil
     monkeypatch.setattr(module, when, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        awq.save(vlm, TINY, tmp_path / "target", 32)
+        quantise.save(vlm, TINY, tmp_path / "target", 32)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([TINY], "either SOURCE and TARGET are needed, or --bench"),
-        ([TINY, "--bench"], "or --bench alone"),
+        ([TINY], "the following arguments are required: target"),
         ([TINY, TINY], "exists already"),
         ([TINY, "no/folder/here"], "no folder to make no/folder/here in"),
         (["no/where/at/all", "out"], "no folder no/where/at/all"),

@@ -73,11 +73,11 @@ def test_matmul_matches_float64(shape, dtype, M, with_bias, strided):
 
 @few
 @given(shapes, st.sampled_from([1, 5, 20]), st.integers(1, 9))
-def test_splits_change_nothing_but_rounding_and_bits_are_the_same_twice(shape, M, splits):
+def test_parts_change_nothing_but_rounding_and_bits_are_the_same_twice(shape, M, parts):
     tensors, exact = draw(**shape)
     x = torch.randn(M, len(exact), generator=torch.Generator().manual_seed(0)).half().to(ON)
-    one = awq._w4a16_matmul_triton(x, *tensors, None, splits=1)
-    many, again = (awq._w4a16_matmul_triton(x, *tensors, None, splits=splits) for _ in range(2))
+    one = awq._w4a16_matmul_triton(x, *tensors, None, parts=1)
+    many, again = (awq._w4a16_matmul_triton(x, *tensors, None, parts=parts) for _ in range(2))
     assert torch.equal(many, again)
     size = x.double().abs() @ exact.abs()
     assert bool(((one - many).double().abs() <= 2**-10 * size).all())

@@ -1,4 +1,4 @@
-"""bench.py: that it counts what it says, on models small enough for a test. Times are never
+"""bench/: that it counts what it says, on models small enough for a test. Times are never
 asserted."""
 
 import json
@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import bench
-from model import Config, TextConfig, VisionConfig
+from bench import CPU, accuracy, needle, random_models, speed
+from bench.__main__ import main
+from model import VLM, Config, TextConfig, VisionConfig
 from sparsevila import Dense, SparseVILA
 from tiny.scenes import make_needle, question_and_answer
 
@@ -35,12 +36,12 @@ SMALL = Config(
 
 @pytest.fixture
 def small_model():
-    return bench.random_model(SMALL, torch.device("cpu"), torch.float32)
+    return random_models.random_model(SMALL, torch.device("cpu"), torch.float32)
 
 
 def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(bench.PRESETS, "laptop", bench.Preset(SMALL, 3))
-    bench.main(["speed", "--runs", "2", "--answer-tokens", "5", "--json"])
+    monkeypatch.setitem(random_models.PRESETS, "laptop", random_models.Preset(SMALL, 3))
+    main(["speed", "--runs", "2", "--answer-tokens", "5", "--json"])
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(printed[-1])
     assert result["visual_tokens"] == 3 * 64 and result["answer_tokens"] == 5
@@ -52,9 +53,9 @@ def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
     for name, visual in (("dense", 192), ("sparse", 48 - 43)):
         attended = result[name]["bytes attended"]
         # Four steps; the row of the token that is read is attended to as well.
-        assert attended == row * (visual + 16 + bench.QUESTION_TOKENS + (1 + 2 + 3 + 4) / 4)
-        assert all(result[name][stage] >= 0 for stage in bench.STAGES)
-        total = sum(result[name][stage] for stage in bench.STAGES)
+        assert attended == row * (visual + 16 + speed.QUESTION_TOKENS + (1 + 2 + 3 + 4) / 4)
+        assert all(result[name][stage] >= 0 for stage in speed.STAGES)
+        total = sum(result[name][stage] for stage in speed.STAGES)
         assert result[name]["end to end"] == pytest.approx(total, rel=0.2)
         least, most = result[name]["reached_range"]
         assert 0 < least <= most
@@ -63,33 +64,33 @@ def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
         assert 0 < least <= most and result[ratio] > 0
     assert ("compile_seconds" in result) == (result["decoding"] == "torch.compile")
     assert any(line.startswith("prefill ") for line in printed)
-    bench.draw_speed(result, str(tmp_path / "speed.png"))
+    speed.draw_speed(result, str(tmp_path / "speed.png"))
     assert Image.open(tmp_path / "speed.png").width > 600
 
 
 def test_decoding_is_compiled_unless_it_cannot_be(small_model, monkeypatch):
     """And is left alone if asked for."""
-    assert bench.compile_decoding(small_model, eager=True) == "eager"
+    assert speed.compile_decoding(small_model, eager=True) == "eager"
     assert small_model.compiled is None
     failed = RuntimeError("torch.compile does not work here: no C++ compiler")
-    monkeypatch.setattr(bench.VLM, "compile_decoding", Mock(side_effect=failed))
-    assert bench.compile_decoding(small_model, eager=False) == f"eager ({failed})"
-    monkeypatch.setattr(bench.VLM, "compile_decoding", Mock())
-    assert bench.compile_decoding(small_model, eager=False) == "torch.compile"
+    monkeypatch.setattr(VLM, "compile_decoding", Mock(side_effect=failed))
+    assert speed.compile_decoding(small_model, eager=False) == f"eager ({failed})"
+    monkeypatch.setattr(VLM, "compile_decoding", Mock())
+    assert speed.compile_decoding(small_model, eager=False) == "torch.compile"
 
 
 def test_figures_follow_from_the_medians():
     """Worked by hand."""
-    stages = dict.fromkeys(bench.STAGES, 0.0) | {"bytes attended": 4e6}
+    stages = dict.fromkeys(speed.STAGES, 0.0) | {"bytes attended": 4e6}
     dense = stages | {"prefill": 90.0, "question": 10.0, "decode": 50.0}
     sparse = stages | {"salience": 5.0, "prefill": 40.0, "question": 10.0, "scoring": 6.0}
     sparse |= {"decode": 25.0, "packing": 2.0, "bytes attended": 1e6}
     for run in (dense, sparse):
-        run["end to end"] = sum(run[stage] for stage in bench.STAGES)
+        run["end to end"] = sum(run[stage] for stage in speed.STAGES)
         run["first token"] = run["end to end"] - run["decode"]
     slow = sparse | {"decode": 99.0}
     rounds = [{"dense": dense, "sparse": run} for run in (sparse, sparse, slow)]
-    got = bench.summarise(rounds, tokens=6, weights=6_000_000, bandwidths=[1e6, 0.5e6, 2e6])
+    got = speed.summarise(rounds, tokens=6, weights=6_000_000, bandwidths=[1e6, 0.5e6, 2e6])
     assert got["prefill_speedup"] == 90 / 45 and got["decode_speedup"] == 50 / 33
     assert got["prefill_speedup_range"] == [2, 2]
     assert got["decode_speedup_range"] == pytest.approx([50 / 107, 50 / 33])
@@ -116,7 +117,7 @@ def test_figures_follow_from_the_medians():
     ],
 )
 def test_sparsity_pays_where_cost_is_less_than_what_is_saved(cost, saved, expected):
-    start, stop = bench.break_even(cost, saved)
+    start, stop = speed.break_even(cost, saved)
     assert (start, stop) == expected
     for tokens in (1, 2, 100):
         pays = start is not None and start <= tokens and (stop is None or tokens <= stop)
@@ -125,30 +126,30 @@ def test_sparsity_pays_where_cost_is_less_than_what_is_saved(cost, saved, expect
 
 @pytest.mark.parametrize("kind", [Dense, SparseVILA])
 def test_the_static_step_writes_the_same_tokens(small_model, kind):
-    script = bench.Script(SMALL, 2)
+    script = random_models.NoiseProcessor(SMALL, 2)
     answers = []
     for statically in (False, True):
         session = kind(small_model, script)
         session.see([Image.new("RGB", (1, 1))] * 2)
         answer = session.ask("?", max_new_tokens=1 if statically else 9).token_ids
         if statically:
-            answer += bench.decode_statically(small_model, session.cache, answer[0], 8)[0]
+            answer += speed.decode_statically(small_model, session.cache, answer[0], 8)[0]
         answers.append(answer)
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
 def test_a_quantised_model_and_one_without_a_tower():
-    model = bench.random_model(SMALL, bench.CPU, torch.float32, quantised=True)
+    model = random_models.random_model(SMALL, CPU, torch.float32, quantised=True)
     assert model.precision == "float32 + W4A16 decoder + W8A8 tower"
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    bench.leave_out_tower(model, 1, 100)
-    run, _ = bench.run_once(SparseVILA(model, bench.Script(SMALL, 1)), 1, 3)
+    session = SparseVILA(model, random_models.NoiseProcessor(SMALL, 1))
+    run, _ = speed.run_once(speed.leave_out_tower(session, 1, 100), 1, 3)
     assert run["vision"] > 0 and run["salience"] == 0
 
 
 def test_a_random_model_has_finite_answers_and_tied_weights():
     text = replace(SMALL.text, tied=True)
-    model = bench.random_model(replace(SMALL, text=text), bench.CPU, torch.float32)
+    model = random_models.random_model(replace(SMALL, text=text), CPU, torch.float32)
     assert model.lm_head.weight is model.decoder.embed_tokens.weight
     assert model.decoder.norm.weight.eq(1).all()
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in model.parameters())
@@ -159,15 +160,17 @@ def test_a_random_model_has_finite_answers_and_tied_weights():
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     """On a machine where 24 GB are free."""
     meminfo = Mock(exists=lambda: True, read_text=lambda: "MemAvailable:   24000000 kB\n")
-    monkeypatch.setattr(bench, "Path", lambda name: meminfo)
-    config, frames, _ = bench.PRESETS["longvila-7b"]
-    size = torch.float32, frames, config.visual_tokens
-    bench.check_memory(config, *size, quantised=True)
-    bench.check_memory(bench.PRESETS["laptop"].config, torch.float32, 64, 256, quantised=False)
+    monkeypatch.setattr(random_models, "Path", lambda name: meminfo)
+    config, frames, _ = random_models.PRESETS["longvila-7b"]
+    size = torch.float32, frames, config.vision.visual_tokens
+    random_models.check_memory(config, *size, quantised=True)
+    random_models.check_memory(
+        random_models.PRESETS["laptop"].config, torch.float32, 64, 256, quantised=False
+    )
     # 7.6e9 weights of 4 bytes; 50,176 rows of 28 layers, keys and values, 4 heads of 128
     least = 7.6e9 * 4 + 50176 * 28 * 2 * 4 * 128 * 4
     with pytest.raises(ValueError, match="needs at least ([0-9.]+) GB, 24.6 GB are free") as error:
-        bench.check_memory(config, *size, quantised=False)
+        random_models.check_memory(config, *size, quantised=False)
     said = float(str(error.value).split()[4]) * 1e9
     assert least < said < 1.3 * least
 
@@ -181,13 +184,13 @@ def test_presets_are_the_sizes_they_name():
         "smolvlm-256m": (0.16, 1088),
     }
     for name, (billions, tokens) in sizes.items():
-        config, pictures, tokens_each = bench.PRESETS[name]
+        config, pictures, tokens_each = random_models.PRESETS[name]
         with torch.device("meta"):
-            model = bench.VLM(config)
+            model = VLM(config)
         weights = sum(p.numel() for p in model.decoder.parameters())
         weights += 0 if config.text.tied else model.lm_head.weight.numel()
         assert math.isclose(weights / 1e9, billions, rel_tol=0.05), (name, weights)
-        assert pictures * (tokens_each or config.visual_tokens) == tokens
+        assert pictures * (tokens_each or config.vision.visual_tokens) == tokens
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_presets_are_the_sizes_they_name():
 )
 def test_wrong_arguments_are_one_line(option, value, words, capsys):
     with pytest.raises(SystemExit) as end:
-        bench.main(["speed", option, value])
+        main(["speed", option, value])
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -220,7 +223,7 @@ def last_json(capsys) -> dict:
 
 def test_accuracy_of_two_methods(capsys, tmp_path):
     file = tmp_path / "accuracy.png"
-    bench.main(
+    main(
         ["accuracy", "--methods", "dense", "blind", "uniform, 25", "--questions", "8", "--seeds"]
         + ["2", "--json", "--figure", str(file)]
     )  # fmt: skip
@@ -228,7 +231,7 @@ def test_accuracy_of_two_methods(capsys, tmp_path):
     methods = result["methods"]
     assert result["questions_of_each_kind"] == 8
     for values in methods.values():
-        both = {column for column in bench.COLUMNS if not column.endswith("conversation")}
+        both = {column for column in accuracy.COLUMNS if not column.endswith("conversation")}
         assert values.keys() == both | {f"{column}, conversation" for column in both}
     assert [methods[name]["entering"][0] for name in methods] == [100, 0, 25]
     # Four layers, keys and values, two heads of 32, float32: 2048 bytes a row; text comes on top.
@@ -250,23 +253,23 @@ def test_every_column_is_the_mean_over_seeds(monkeypatch):
             pass
 
         def map(self, function, methods, paths, counts, pictures, firsts):
-            assert function is bench.measure and set(counts) == {50}
+            assert function is accuracy.measure and set(counts) == {50}
             for method, first in zip(methods, firsts):
                 offset = 10 * (method.options["protocol"] == "conversation")
                 yield {"color": 80 + first / 50, "later turns": 60 + first / 50 + offset}
 
-    monkeypatch.setattr(bench, "workers", Pool)
-    values = bench.accuracy(["dense"], 150, 3)["methods"]["dense"]
+    monkeypatch.setattr(accuracy, "workers", Pool)
+    values = accuracy.accuracy(["dense"], 150, 3)["methods"]["dense"]
     assert values["color"] == [81, 1] and values["later turns"] == [61, 1]
     assert values["later turns, conversation"] == [71, 1]
 
 
 def test_needle(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "LENGTHS", (2, 4, 6))
-    monkeypatch.setattr(bench, "DEPTHS", (0, 100))
+    monkeypatch.setattr(needle, "LENGTHS", (2, 4, 6))
+    monkeypatch.setattr(needle, "DEPTHS", (0, 100))
     file = tmp_path / "needle.png"
     options = ["--methods", "SparseVILA", "blind", "--clips", "4", "--json"]
-    bench.main(["needle", *options, "--figure", str(file)])
+    main(["needle", *options, "--figure", str(file)])
     result = last_json(capsys)
     assert result["attended"]["SparseVILA"] == {"2": 5, "4": 10, "6": 15}
     assert min(result["right"]["SparseVILA"]["4"]) > 50 > max(result["right"]["blind"]["4"])
@@ -298,19 +301,19 @@ def test_a_needle_is_one_of_six_in_its_frame(seed, frames, data):
 )
 def test_wrong_arguments_of_the_tables_are_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as end:
-        bench.main(arguments)
+        main(arguments)
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_options_that_exclude_each_other(capsys, monkeypatch):
     """Before anything is made."""
-    monkeypatch.setattr(bench, "random_model", None)
+    monkeypatch.setattr(speed, "random_model", None)
     for arguments, words in (
         (["--eager", "--device", "cuda"], "--eager is for a CPU"),
         (["--versus", "transformers", "--quantised"], "leave out --quantised"),
     ):
         with pytest.raises(SystemExit) as end:
-            bench.main(["speed", *arguments])
+            main(["speed", *arguments])
         assert end.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -318,14 +321,19 @@ def test_output_that_nobody_reads(tmp_path):
     """The figure is drawn all the same; a closed output is refused at once."""
     figure = tmp_path / "needle.png"
     options = "needle --clips 1 --methods blind".split()
-    command = [sys.executable, str(ROOT / "bench.py"), *options]
+    command = [sys.executable, "-m", "bench", *options]
     with subprocess.Popen(
-        [*command, "--figure", str(figure)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--figure", str(figure)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         process.stdout.close()
         errors = process.stderr.read()
     assert process.returncode == 141 and b"Error" not in errors and figure.exists()
-    closed = subprocess.run(command, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
+    closed = subprocess.run(
+        command, cwd=ROOT, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE
+    )
     assert closed.returncode == 2 and b"standard output must be open" in closed.stderr
 
 
@@ -333,8 +341,10 @@ def test_output_that_nobody_reads(tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_ends_at_once_with_its_workers(number, code):
     """A signal to the parent alone."""
-    command = [sys.executable, str(ROOT / "bench.py"), "needle", "--clips", "10000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "bench", "needle", "--clips", "10000"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(workers := children.read_text().split()) < os.cpu_count():
             assert process.poll() is None

@@ -2,6 +2,8 @@
 documented."""
 
 import ast
+import functools
+import importlib
 import inspect
 import itertools
 import random
@@ -9,6 +11,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +22,23 @@ from torch import Tensor
 import awq
 import baselines
 import bench
+import checkpoints
 import kernels
 import model
 import sparsevila
-from model import KVCache, load
+import tools
+from checkpoints import load
+from model import KVCache
 from sparsevila import RetrievalCache, SparseVILA
+from tools import quantise
 
-MODULES = (sparsevila, model, awq, kernels, bench, baselines)
+ROOMS = (checkpoints, tools, bench)
+MODULES = [sparsevila, model, awq, kernels, baselines, *ROOMS] + [
+    importlib.import_module(f"{room.__name__}.{file.stem}")
+    for room in ROOMS
+    for file in sorted(Path(room.__file__).parent.glob("*.py"))
+    if file.stem not in ("__init__", "__main__")
+]
 
 
 def public(module) -> Iterator[tuple[str, Callable]]:
@@ -58,8 +71,9 @@ def test_public_names_have_docstrings_and_type_hints():
 # --- docstrings -----------------------------------------------------------------------------------
 
 AXES = {"B": 2, "H": 6, "G": 3, "M": 5, "N": 16, "D": 8, "K": 32, "E": 128, "C": 128, "n": 100}
-AXES |= {"g": 8, "rows": 4, "images": 2, "patches": 100, "T": 9, "S": 160, "V": 5, "L": 4}
-AXES |= {"merge": 1, "p": 6, "k": 3, "side": 2, "capacity": 24, "vocabulary": 293, "keep": 3}
+AXES |= {"g": 8, "rows": 4, "views": 2, "patches": 100, "T": 9, "S": 160, "V": 5, "L": 4}
+AXES |= {"inputs": 32, "outputs": 16, "block": 2, "blocks": 3, "width": 128}
+AXES |= {"merge": 1, "side": 6, "capacity": 24, "vocabulary": 293, "keep": 3}
 TUPLE = re.compile(r"\(([^()]+,[^()]*)\)")
 
 
@@ -136,9 +150,9 @@ def test_docstrings_of_quantisation():
     arguments = {"x": x, **packed, "bias": torch.zeros(16)}
     check_docstring(awq.w4a16_matmul, arguments, said_in=awq.dequantize)
     linear = torch.nn.Linear(32, 16)
-    arguments = {"module": linear, "linears": [linear], "inputs": [(x,)], "group_size": 8}
+    arguments = {"module": linear, "linears": [linear], "calls": [(x,)], "group_size": 8}
     check_docstring(awq.search_scale, arguments)
-    arguments = {"weight": linear.weight, "inputs": [x], "group_size": 8}
+    arguments = {"weight": linear.weight, "activations": [x], "group_size": 8}
     check_docstring(awq.search_clip, arguments)
     arguments = {"norm": torch.nn.LayerNorm(32), "linears": [linear], "largest": torch.ones(32)}
     check_docstring(awq.smooth, arguments)
@@ -148,10 +162,23 @@ def test_docstrings_of_the_method():
     scores = torch.rand(2, 100)
     check_docstring(sparsevila.select_tokens, {"scores": scores, "keep": 3})
     arguments = {"features": torch.randn(2, 100, 128), "salience": scores, "sparsity": 0.68}
-    check_docstring(sparsevila.prune, arguments)
-    check_docstring(sparsevila.prune, arguments | {"scope": "global"}, axes=AXES | {"K": 64})
-    cache, axes = RetrievalCache(1), AXES | {"H": 4, "G": 2}
-    cache.visual = torch.arange(2, 7)
+    doc = inspect.getdoc(sparsevila.prune)
+    for kept, index in zip(*sparsevila.prune(**arguments)):
+        for name, view in (("features", arguments["features"][0]), ("salience", scores[0])):
+            assert fits(tuple(view.shape), "\n".join(after(name, doc)), AXES)
+        assert fits(tuple(kept.shape), doc.split("Returns:")[1], AXES)
+        assert "their index (K,)" in doc and index.shape == (AXES["K"],)
+    tower = torch.randn(2, 6, 101, 8)
+    doc = inspect.getdoc(sparsevila.patch_salience).replace(
+        "summary tokens + patches", "1 + patches"
+    )
+    assert fits(tuple(tower.shape), doc, AXES)
+    salience = sparsevila.patch_salience(tower, tower, 1)
+    assert fits(tuple(salience.shape), doc.split("Returns:")[1], AXES)
+    merge = functools.partial(model.merge_patches, block=2)
+    arguments = {"salience": torch.rand(2, 36), "merge": merge}
+    check_docstring(sparsevila.merge_salience, arguments, axes=AXES | {"n": 9, "patches": 36})
+    cache, axes = RetrievalCache(1, visual=torch.arange(2, 7)), AXES | {"H": 4, "G": 2}
     cache.start_question()
     q, k = torch.randn(1, 4, 16, 8), torch.randn(1, 2, 16, 8)
     arguments = {"layer": 0, "q": q, "k": k, "v": k}
@@ -163,20 +190,18 @@ def test_docstrings_of_the_model():
     vlm, _ = load(TINY, device="cpu")
     q, k = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 16, 8)
     check_docstring(model.causal_attention, {"q": q, "k": k, "v": k})
-    tower = torch.randn(2, 6, 101, 8)
-    arguments = {"q": tower, "k": tower, "summary_tokens": 1}
-    doc = inspect.getdoc(model.token_salience).replace("summary tokens + patches", "1 + patches")
-    assert fits(tuple(tower.shape), doc, AXES)
-    assert fits(tuple(model.token_salience(**arguments).shape), doc.split("Returns:")[1], AXES)
-    check_docstring(model.merge_patches, {"x": torch.randn(2, 36, 128), "side": 2})
-    check_docstring(model.merge_salience, {"salience": torch.rand(2, 36), "side": 2})
+    check_docstring(model.merge_patches, {"x": torch.randn(2, 36, 128), "block": 2})
+    check_docstring(kernels.linear, {"x": torch.randn(4, 32), "weight": torch.randn(16, 32)})
     positions = torch.arange(9)
     angles = {"positions": positions, "config": vlm.config.text}
     check_docstring(model.rotary_table, angles, axes=AXES | {"D": 32})
     pixels = torch.randn(2, 3, 160, 160)
     check_docstring(vlm.encode, {"pixels": pixels})
-    check_docstring(vlm.vision_tower.forward, {"pixels": pixels})
-    features, _ = vlm.encode(pixels)
+    tower_axes = AXES | {"T": 101, "H": 4, "D": 32}
+    arguments = {"pixels": pixels, "attention_layer": -1}
+    check_docstring(vlm.vision_tower.forward, arguments, axes=tower_axes)
+    features = torch.stack(vlm.encode(pixels))
+    assert fits(tuple(features[0].shape), inspect.getdoc(vlm.encode), AXES)
     check_docstring(vlm.project, {"features": features})
     image = vlm.config.image_token_id
     ids = torch.tensor([1, *[image] * 5, 5, 6, 7])
@@ -302,14 +327,17 @@ def test_comments_with_shapes():
             session.see([picture, picture])
             session.ask("what color is the 7?", max_new_tokens=2)
         awq.dequantize_reference(*packed_linear())
-        pictures, prompts, _ = awq.calibration_set(None, None, 2)
-        _, batches = awq.calibration(vlm, processor, pictures, prompts, 2)
-        block, inputs = vlm.decoder.layers[0], [(torch.randn(1, 9, 128),)]
-        heads = awq.folds_of(block)[1][3]
+        pictures, prompts, _ = quantise.calibration_set(None, None, 2)
+        quantise.calibration(vlm, processor, pictures, prompts, 2)
+        block, calls = vlm.decoder.layers[0], [(torch.randn(1, 9, 128),)]
         o = block.self_attn.o_proj
-        awq.search_scale(o, [o], inputs, group_size=32, grid=2, heads=heads)
-        awq.search_clip(block.mlp.gate_proj.weight, [inputs[0][0]], group_size=32)
+        heads = awq.folds_of(block)[1].heads
+        awq.search_scale(o, [o], calls, group_size=32, grid=2, heads=heads)
+        awq.search_clip(block.mlp.gate_proj.weight, [calls[0][0]], group_size=32)
         model.merge_patches(torch.randn(2, 25, 4), 2)
+        baselines.Pool(vlm, processor).see(picture)
+        text = replace(vlm.config.text, rope_axes=(0, 1) * 8)
+        model.rotary_table(torch.arange(27).view(3, 9), text)
         with torch.no_grad():
             model.Linear(512, 256)(torch.randn(1, 512))
     unseen = [
@@ -351,7 +379,7 @@ def test_axes_of_docstrings_are_in_the_legend_of_their_file():
     for module in MODULES:
         legend = inspect.getdoc(module)
         if elsewhere := re.search(r"Axes as\s+in (\w+)\.py", legend):
-            other = sys.modules[elsewhere[1]]
+            other = next(m for m in MODULES if m.__name__.split(".")[-1] == elsewhere[1])
             legend += inspect.getdoc(other)
         source = Path(module.__file__).read_text()
         used = set()

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_file
+from checkpoints import load
 from kernels import gather_tokens
-from model import KVCache, load
+from model import KVCache
 from sparsevila import Dense, RetrievalCache, SparseVILA, keep_count
 
 QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the 4?", "how many? é"]
@@ -49,11 +50,16 @@ def dense_by_hand(vlm, processor, pictures, questions, protocol, tokens_each):
     """What a reader would write without sparsevila.py: logits of every step, tokens, and the
     cache."""
     views = processor.views(pictures)
-    features, _ = vlm.encode(processor.pixels(views))
-    visual = vlm.project(features).flatten(0, 1)
-    context = processor.context([features.shape[1]] * len(views), views)
+    features = vlm.encode(processor.pixels(views))
+    visual = vlm.project(torch.cat(features))
+    sizes = [len(x) for x in features]
+    ids, positions, after = processor.layout(
+        views, sizes, list(map(torch.arange, sizes)), "original"
+    )
+    assert ids == processor.context(sizes, views)
+    assert positions.dim() == 2 or positions.tolist() == list(range(after)) == list(range(len(ids)))
     cache = KVCache(vlm.config.text.layers, capacity=1)
-    vlm.read(vlm.embed(context, visual), cache)
+    vlm.read(vlm.embed(ids, visual), cache, positions=positions, next_position=after)
     answers, unread, first = [], [], True
     for question in questions:
         start = cache.length
@@ -80,9 +86,9 @@ def assert_dense_and_sparse_share_their_bits(vlm, processor, pictures, questions
     with Recorder(vlm) as sparse:
         session.see(pictures)
         ours = [session.ask(question, max_new_tokens=count) for question in questions]
-    V, n = session.stats["visual_tokens"]["encoded"], vlm.config.visual_tokens
-    frames = [list(range(n))] * len(session.views)
-    assert session.kept.tolist() == ([list(range(V))] if options["scope"] == "global" else frames)
+    sizes = [len(x) for x in vlm.encode(processor.pixels(session.views))]
+    V = session.stats["visual_tokens"]["encoded"]
+    assert V == sum(sizes) and [i.tolist() for i in session.kept] == [list(range(n)) for n in sizes]
     assert all(chosen.tolist() == list(range(V)) for answer in ours for chosen in answer.retrieved)
     assert [answer.token_ids for answer in ours] == answers
     assert len(dense.logits) == len(sparse.logits)
@@ -346,16 +352,15 @@ def test_kept_tokens_have_the_positions_that_were_asked_for(shape, images, prefi
             vlm, processor, prefill_sparsity=prefill, positions=positions, scope=scope
         )
         session.see(pictures)
-        kept = session.kept + (0 if scope == "global" else n * torch.arange(images)[:, None])
+        kept = torch.cat([n * view + index for view, index in enumerate(session.kept)])
         stay = ids != processor.image_token_id
-        stay[(~stay).nonzero()[:, 0][kept.flatten()]] = True
+        stay[(~stay).nonzero()[:, 0][kept]] = True
         keys = session.cache.k[0][:, :, : session.cache.length]
         if positions == "original":
             expected = dense.cache.k[0][:, :, : len(ids)][:, :, stay]
             assert session.cache.next_position == len(ids)
         else:
-            features, _ = vlm.encode(processor.pixels(pictures))
-            rest = features.flatten(0, 1)[kept.flatten()]
+            rest = torch.cat(vlm.encode(processor.pixels(pictures)))[kept]
             embeddings = vlm.embed(ids[stay], vlm.project(rest))
             cache = KVCache(vlm.config.text.layers)
             vlm.read(embeddings, cache)
@@ -373,15 +378,15 @@ def test_a_conversation_is_one_long_prompt(shape, counts, positions):
     session = Dense(vlm, processor, positions=positions)
     pictures = random_pictures(shape["seed"], counts[0])
     session.see(pictures)
-    features, _ = vlm.encode(processor.pixels(pictures))
-    ids = processor.context([features.shape[1]] * counts[0])
+    features = vlm.encode(processor.pixels(pictures))
+    ids = processor.context([len(x) for x in features])
     unread = []
     for turn, question in enumerate(QUESTIONS[: counts[1]]):
         answer = session.ask(question, max_new_tokens=3)
         ids += unread + processor.question(question, first=turn == 0) + answer.token_ids[:-1]
         unread = [] if answer.token_ids[-1] in vlm.config.stop_ids else answer.token_ids[-1:]
     cache = KVCache(vlm.config.text.layers)
-    vlm.read(vlm.embed(ids, vlm.project(features).flatten(0, 1)), cache)
+    vlm.read(vlm.embed(ids, vlm.project(torch.cat(features))), cache)
     assert session.cache.length == cache.length == len(ids)
     for (k, v), (k2, v2) in zip(rows(session.cache), rows(cache)):
         assert torch.allclose(k, k2, rtol=1e-3, atol=1e-4)

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,19 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import awq
-from model import (
-    VLM,
-    Config,
-    Processor,
-    VILAProcessor,
-    in_words,
-    load,
-    merge_patches,
-    merge_salience,
-    read_tokenizer,
-)  # fmt: skip
-from sparsevila import SparseVILA
+from bench import __main__ as bench
+from bench import random_models
+from checkpoints import load, load_model, load_processor, open_folder, vila
+from checkpoints.processor import View, read_tokenizer
+from checkpoints.smolvlm import in_words
+from checkpoints.values import Folder
+from checkpoints.weights import hub_names, translate, weight_files
+from model import Config, TextConfig, VisionConfig, merge_patches
+from sparsevila import SparseVILA, merge_salience
+from tools import quantise
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -55,7 +53,7 @@ def test_merging_takes_every_block_and_the_mean_of_real_patches(n, side, by_colu
     x, salience = torch.randn(2, n * n, 3), torch.rand(2, n * n)
     blocks = blocks_of(n, side, by_columns)
     merged = merge_patches(x, side, by_columns=by_columns)
-    means = merge_salience(salience, side, by_columns=by_columns)
+    means = merge_salience(salience, partial(merge_patches, block=side, by_columns=by_columns))
     assert merged.shape == (2, len(blocks), side * side * 3) and means.shape == merged.shape[:2]
     for token, patches in enumerate(blocks):
         parts = [torch.zeros(2, 3) if p is None else x[:, p] for p in patches]
@@ -67,11 +65,14 @@ def test_merging_takes_every_block_and_the_mean_of_real_patches(n, side, by_colu
 @pytest.mark.parametrize("name", FAMILIES)
 def test_boxes_show_where_a_token_lies(name):
     """The patches of a token lie in its box, and no others."""
-    config = Config.from_folder(GOLDEN / name)
-    n, p = math.isqrt(config.vision.patches), config.vision.patch_size
-    boxes = config.token_boxes(config.vision.image_size)
-    assert len(boxes) == config.visual_tokens
-    for box, patches in zip(boxes, blocks_of(n, config.merge, config.by_columns), strict=True):
+    processor = load_processor(GOLDEN / name)
+    vision = processor.config.vision
+    n, p = math.isqrt(vision.patches), vision.patch_size
+    boxes = processor.token_boxes(View(None), (vision.image_size, vision.image_size))
+    assert len(boxes) == vision.visual_tokens
+    for box, patches in zip(
+        boxes, blocks_of(n, vision.merge, vision.merge_by_columns), strict=True
+    ):
         inside = {
             r * n + c
             for r in range(n)
@@ -96,7 +97,7 @@ def test_boxes_show_where_a_token_lies(name):
     ],
 )
 def test_pictures_are_cut_into_as_many_tiles_as_documented(name, edges, size, views, tokens):
-    processor = Processor.from_pretrained(GOLDEN / name)
+    processor = load_processor(GOLDEN / name)
     if edges:
         processor.longest_edge = edges * 32
     else:
@@ -126,20 +127,20 @@ def test_pruning_leaves_all_text_and_some_of_every_tile(name, count, fps):
     vlm, processor = load(GOLDEN / name, device="cpu")
     session = SparseVILA(vlm, processor, prefill_sparsity=0.5)
     session.see(random_pictures(1, count, side=70), fps=fps)
-    n, views = vlm.config.visual_tokens, session.views
-    assert session.kept.shape == (len(views), n - n // 2)
+    n, views = vlm.config.vision.visual_tokens, session.views
+    assert [index.shape for index in session.kept] == [(n - n // 2,)] * len(views)
     full, image = processor.context([n] * len(views), views), processor.image_token_id
     kept = processor.context([n - n // 2] * len(views), views)
     assert [i for i in full if i != image] == [i for i in kept if i != image]
-    assert len(session.cache.visual) == session.kept.numel() == kept.count(image)
+    assert len(session.cache.visual) == sum(map(len, session.kept)) == kept.count(image)
     assert session.cache.length == len(kept)
     answer = session.ask("what?", max_new_tokens=3)
-    assert all(int(chosen[-1]) < session.kept.numel() for chosen in answer.retrieved)
+    assert all(int(chosen[-1]) < kept.count(image) for chosen in answer.retrieved)
 
 
 def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour():
     """`do_pad`, as original LLaVA had it: nothing is cut off."""
-    processor = Processor.from_pretrained(GOLDEN / "llava")
+    processor = load_processor(GOLDEN / "llava")
     processor.pad = True
     (view,) = processor.views([Image.new("RGB", (64, 32), "red")])
     column = [view.picture.getpixel((16, y)) for y in (2, 16, 29)]
@@ -148,7 +149,7 @@ def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour():
 
 
 def test_vila_shows_frames_evenly_spread():
-    processor = Processor.from_pretrained(GOLDEN / "nvila")
+    processor = load_processor(GOLDEN / "nvila")
     frames = [Image.new("RGB", (9, 9), (n, 0, 0)) for n in range(11)]
     views = processor.views(frames, fps=2.0)
     assert [view.second for view in views] == [0, 1.5, 3.5, 5]  # frames 0, 3, 7, 10 (6.67 up)
@@ -158,7 +159,7 @@ def test_vila_shows_frames_evenly_spread():
 def test_a_template_replaces_the_familys_prompt():
     folder = GOLDEN / "nvila"
     turns = "<|im_start|>Q{image}?\n{question}<|im_end|>A{answer}<|im_end|>Q{question}A"
-    processor = Processor.from_pretrained(folder, template=turns)
+    processor = load_processor(folder, template=turns)
     views = processor.views([Image.new("RGB", (9, 9))])
     ids = processor.context([0], views) + processor.question("why", first=True, views=views)
     assert processor.tokenizer.decode(ids, skip_special_tokens=False) == (
@@ -276,13 +277,13 @@ def test_odd_folders_are_refused_in_one_line(name, damage, message, tmp_path):
 
 def test_added_tokens_may_stand_in_the_tokenizers_settings(tmp_path):
     folder = copied("nvila", tmp_path)
-    expected = Processor.from_pretrained(folder).question("what?", first=True)
+    expected = load_processor(folder).question("what?", first=True)
     added = folder / "llm" / "added_tokens.json"
     decoder = {str(i): {"content": token} for token, i in json.loads(added.read_text()).items()}
     settings = folder / "llm" / "tokenizer_config.json"
     settings.write_text(json.dumps({"added_tokens_decoder": decoder}))
     added.unlink()
-    assert Processor.from_pretrained(folder).question("what?", first=True) == expected
+    assert load_processor(folder).question("what?", first=True) == expected
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
@@ -294,7 +295,7 @@ def test_a_conversation_is_encoded_as_if_in_one_piece(scheme, tmp_path):
     metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
     content |= {"normalizer": None, "pre_tokenizer": metaspace | {"split": False}}
     file.write_text(json.dumps(content))
-    processor = Processor.from_pretrained(folder)
+    processor = load_processor(folder)
     whole = "USER: <image>\nwhat? ASSISTANT:</s>USER: where? ASSISTANT:"
     ids = processor.context([1]) + processor.question("what?", first=True)
     ids += processor.question("where?", first=False)
@@ -305,10 +306,11 @@ def test_a_conversation_is_encoded_as_if_in_one_piece(scheme, tmp_path):
 def test_vicunas_prompt_is_that_of_vila_15(count):
     """As its own code made it (run_vila.py and tokenizer_image_token, commit 1c88211): an image and
     a new line for every picture, the text between the images encoded piece by piece."""
-    tokenizer = read_tokenizer(GOLDEN / "llava")
+    tokenizer = read_tokenizer(Folder(GOLDEN / "llava", {}))
     image = tokenizer.get_vocab_size() + 5
     settings = {"size": {"height": 32, "width": 32}, "image_aspect_ratio": "resize"}
-    processor = VILAProcessor(read_tokenizer(GOLDEN / "llava"), image, settings)
+    config = Config(VisionConfig(image_size=32, patch_size=8), TextConfig(), image_token_id=image)
+    processor = vila.Processor(read_tokenizer(Folder(GOLDEN / "llava", {})), config, settings)
     views = processor.views(random_pictures(0, count))
     got = processor.context([2] * count, views)
     got += processor.question("what?", first=True, views=views)
@@ -325,7 +327,7 @@ def test_vicunas_prompt_is_that_of_vila_15(count):
 def test_a_template_must_not_hold_the_image_token():
     template = "{image}{question}{answer}<image>{question}"
     with pytest.raises(ValueError, match="must not hold '<image>'"):
-        Processor.from_pretrained(GOLDEN / "llava", template=template)
+        load_processor(GOLDEN / "llava", template=template)
 
 
 def test_model_safetensors_stands_alone(tmp_path):
@@ -349,7 +351,7 @@ def test_settings_of_quantisation_in_the_decoders_folder(tmp_path):
 def test_only_llavas_own_processor_pads(kind, pads, tmp_path):
     folder = copied("llava", tmp_path)
     edit(folder / "preprocessor_config.json", do_pad=True, image_processor_type=kind)
-    assert Processor.from_pretrained(folder).pad is pads
+    assert load_processor(folder).pad is pads
 
 
 def test_a_folder_with_a_sentencepiece_model_only_says_so(tmp_path):
@@ -357,7 +359,7 @@ def test_a_folder_with_a_sentencepiece_model_only_says_so(tmp_path):
     (folder / "llm" / "merges.txt").unlink()
     (folder / "llm" / "tokenizer.model").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="only llm/tokenizer.model, which transformers can"):
-        Processor.from_pretrained(folder)
+        load_processor(folder)
 
 
 def test_remote_code_is_never_run(tmp_path):
@@ -374,15 +376,28 @@ def test_a_stored_head_wins_over_the_word_that_it_is_tied(name, tmp_path):
     file = next(part.glob("*.safetensors"))
     content = load_file(file)
     if name == "longvila":  # tied, without a head
-        vlm = VLM.from_pretrained(folder, device="cpu")
+        vlm = load_model(folder, device="cpu")
         assert vlm.lm_head.weight is vlm.decoder.embed_tokens.weight
         (folder / "llm" / "model.safetensors.index.json").unlink()
-        content[head] = torch.full((Config.from_folder(folder).text.vocab, 32), 0.5)
+        content[head] = torch.full((load_processor(folder).config.text.vocab, 32), 0.5)
     save_file(content, file)
     edit(part / "config.json", tie_word_embeddings=True)
-    vlm = VLM.from_pretrained(folder, device="cpu")
+    vlm = load_model(folder, device="cpu")
     assert same_bits(vlm.lm_head.weight, content[head])
     assert not same_bits(vlm.lm_head.weight, vlm.decoder.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_name_table_is_read_both_ways(name):
+    """Of every parameter the name that the files of the golden checkpoint have; from there back."""
+    family, folder = open_folder(GOLDEN / name)
+    names, stored = hub_names(family.NAMES), set()
+    for file, prefix in weight_files(folder).items():
+        stored |= {prefix + key for key in load_file(file)}
+    model = load_model(GOLDEN / name, device="cpu")
+    for ours, _ in model.named_parameters():
+        theirs = translate(ours, names)
+        assert theirs in stored and translate(theirs, family.NAMES) == ours
 
 
 def test_names_that_newer_transformers_write(tmp_path):
@@ -400,8 +415,7 @@ def test_names_that_newer_transformers_write(tmp_path):
         assert renamed.keys() != content.keys()
         save_file(renamed, folder / file)
         a, b = (
-            dict(VLM.from_pretrained(f, device="cpu").named_parameters())
-            for f in (folder, GOLDEN / name)
+            dict(load_model(f, device="cpu").named_parameters()) for f in (folder, GOLDEN / name)
         )
         assert all(same_bits(a[key], b[key]) for key in b)
 
@@ -409,16 +423,16 @@ def test_names_that_newer_transformers_write(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_can_be_quantised_and_read_back(name, tmp_path):
     target = tmp_path / "quantised"
-    awq.main(
+    quantise.main(
         [str(GOLDEN / name), str(target), "--group-size", "16", "--vision-w8a8", "--samples", "2"]
     )
     vlm, processor = load(target, device="cpu")
     assert vlm.precision == "float32 + W4A16 decoder + W8A8 tower"
     again = tmp_path / "again"
-    awq.main(
+    quantise.main(
         [str(GOLDEN / name), str(again), "--group-size", "16", "--vision-w8a8", "--samples", "2"]
     )
-    a, b = (VLM.from_pretrained(folder, device="cpu").state_dict() for folder in (target, again))
+    a, b = (load_model(folder, device="cpu").state_dict() for folder in (target, again))
     assert a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
     session = SparseVILA(vlm, processor)
     session.see(random_pictures(0, 1, side=60))
@@ -426,25 +440,23 @@ def test_every_family_can_be_quantised_and_read_back(name, tmp_path):
 
 
 def test_the_benchmark_writes_a_model_that_runs(tmp_path, monkeypatch):
-    """`bench.py make` in small, and the sizes of the real one."""
-    import bench
-
+    """`python -m bench make` in small, and the sizes of the real one."""
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     tiny |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    monkeypatch.setitem(bench.SMOLVLM_TEXT, "smolvlm-256m", tiny)
-    bench.make("smolvlm-256m", tmp_path / "made")
-    config = Config.from_folder(tmp_path / "made")
-    assert config.visual_tokens == 64 and config.text.vocab == 49280
-    tokenizer = Processor.from_pretrained(tmp_path / "made").tokenizer
+    monkeypatch.setitem(random_models.SMOLVLM_TEXT, "smolvlm-256m", tiny)
+    bench.main(["make", "smolvlm-256m", str(tmp_path / "made")])
+    config = load_model(tmp_path / "made", device="cpu").config
+    assert config.vision.visual_tokens == 64 and config.text.vocab == 49280
+    tokenizer = load_processor(tmp_path / "made").tokenizer
     ids = {"<|im_start|>": 1, "<global-img>": 49152, "<row_1_col_1>": 49153, "<row_6_col_6>": 49188}
     ids |= {"<fake_token_around_image>": 49189, "<image>": 49190, "<end_of_utterance>": 49279}
     assert {token: tokenizer.token_to_id(token) for token in ids} == ids
 
 
 def test_loading_takes_little_more_memory_than_the_checkpoint():
-    """In a process of its own, on a checkpoint of 2 GB: `python bench.py load`."""
-    command = [sys.executable, ROOT / "bench.py", "load"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    """In a process of its own, on a checkpoint of 2 GB: `python -m bench load`."""
+    command = [sys.executable, "-m", "bench", "load"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     numbers = {line.split()[0]: line.split()[1] for line in run.stdout.split("\n")[1:] if line}
     assert 2000 < int(numbers["checkpoint"]) < int(numbers["peak"]) < int(numbers["limit"])

@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 
 import model as model_file
 import sparsevila
-from model import ACTIVATIONS, View, load, merge_patches
+from checkpoints import load
+from checkpoints.processor import View
+from model import ACTIVATIONS, merge_patches
+from tools import ask
 
 GOLDEN = ROOT / "tests" / "golden"
 QUESTION = "what is it? 42\n\nIt's naïve…"
@@ -35,7 +38,7 @@ class Family:
 
     def ids(self, views: list[View]) -> torch.Tensor:
         """Context and first question; VILA's placeholders as they are recorded."""
-        counts = [self.vlm.config.visual_tokens] * len(views)
+        counts = [self.vlm.config.vision.visual_tokens] * len(views)
         ids = self.processor.context(counts, views)
         ids = torch.tensor(ids + self.processor.question(self.question, first=True, views=views))
         beyond = (self.expected["input_ids"] == -1).any()
@@ -46,21 +49,21 @@ class Family:
         expected, vlm = self.expected, self.vlm
         views = self.processor.views(self.pictures()[:1])
         pixels = self.processor.pixels(views)
-        features, salience = vlm.vision_tower(pixels)
-        merged, merged_salience = vlm.encode(pixels)
-        visual = vlm.project(merged)
+        summary = vlm.vision_tower.summary_tokens
+        states, q, k = vlm.vision_tower(pixels, -1)
+        visual = vlm.project(torch.stack(vlm.encode(pixels)))
         ids = self.processor.context([visual.shape[1]] * len(views), views)
         ids += self.processor.question(self.question, first=True, views=views)
         logits = vlm(vlm.embed(ids, visual.flatten(0, 1)))
         ours = {
             "pixels": pixels,
             "input_ids": self.ids(views),
-            "features": features,
-            "salience": salience,
+            "features": states[:, summary:],
+            "salience": sparsevila.patch_salience(q, k, summary),
             "projected": visual,
             "logits": logits,
         }
-        attention, summary = expected["attention"], vlm.vision_tower.summary_tokens
+        attention = expected["attention"]
         received = attention[:, :, 0, 1:] if summary else attention.mean(2)
         expected = expected | {"salience": received.mean(1)}
         return {name: deviation(got, expected[name]) for name, got in ours.items()}
@@ -86,7 +89,7 @@ def test_everything_agrees_with_transformers(family):
 
 def test_the_greedy_answer_is_that_of_transformers(family):
     vlm, expected = family.vlm, family.expected
-    visual = vlm.project(vlm.encode(expected["pixels"])[0]).flatten(0, 1)
+    visual = vlm.project(torch.cat(vlm.encode(expected["pixels"])))
     ids = expected["input_ids"]
     embeddings = vlm.embed(torch.where(ids == -1, vlm.config.image_token_id, ids), visual)
     tokens = expected["tokens"].tolist()
@@ -173,8 +176,8 @@ def without(module):
 
 
 def forget_scale(patch, vlm):
-    right = model_file.attention_colsum
-    patch.setattr(model_file, "attention_colsum", lambda q, k: right(q, k, scale=1.0))
+    right = sparsevila.attention_colsum
+    patch.setattr(sparsevila, "attention_colsum", lambda q, k: right(q, k, scale=1.0))
 
 
 def shuffle_as(change):
@@ -213,9 +216,9 @@ def forget_rope_factor(patch, vlm):
 def summary_only(patch, vlm):
     """The first patch taken for a class token."""
     patch.setattr(
-        model_file,
-        "token_salience",
-        lambda q, k, n: model_file.attention_colsum(q[:, :, :1], k).mean(1),
+        sparsevila,
+        "patch_salience",
+        lambda q, k, n: sparsevila.attention_colsum(q[:, :, :1], k).mean(1),
     )
 
 
@@ -268,10 +271,10 @@ def test_the_comparison_sees_wrong_variants(monkeypatch, name, mistake, seen_in)
 def test_the_command_line_runs_on_a_folder_of_every_family(name, tmp_path, board):
     arguments = ["--model", GOLDEN / name, "--image", board, "--ask", "what is it?"]
     arguments += ["--ask", "and this?", "--max-new-tokens", "5", "--json"]
-    run = command_line(sparsevila.main, *arguments, "--overlay", tmp_path / "overlay.png")
+    run = command_line(ask.main, *arguments, "--overlay", tmp_path / "overlay.png")
     assert run.returncode == 0 and run.stderr == ""
     result = json.loads(run.stdout)
-    tokens, n = result["visual_tokens"], Family(name).vlm.config.visual_tokens
+    tokens, n = result["visual_tokens"], Family(name).vlm.config.vision.visual_tokens
     assert tokens["encoded"] % n == 0 and tokens["kept"] == tokens["encoded"] // n * (
         n - n * 3 // 4
     )

@@ -134,9 +134,10 @@ def serving(hub: Hub):
 
 
 def fetch(address: str, home, repo: str = "owner/open", revision: str | None = "v1", **env):
-    """What `model.fetch` says, in a process of its own: the client reads its settings at import."""
+    """What `checkpoints.fetch` says, in a process of its own, for the client reads its settings at
+    import."""
     code = (
-        "import sys; from model import fetch\n"
+        "import sys; from checkpoints import fetch\n"
         "try: print(fetch(sys.argv[1], sys.argv[2] or None))\n"
         "except FileNotFoundError as error: print('error:', error)\n"
     )

@@ -91,7 +91,7 @@ def launches(dtype: torch.dtype, D: int):
         pointers |= {"length": "*i64"} if on_device else {}
         constants = heads | blocks | {"BLOCK_H": 16, "v_d": 1, "ON_DEVICE": on_device}
         yield kernels._decode_kernel, pointers, constants
-    constants = {"S": 64, "D": D, "BLOCK_S": 64, "BLOCK_D": 64}
+    constants = {"PARTS": 64, "D": D, "BLOCK_P": 64, "BLOCK_D": 64}
     yield kernels._combine_kernel, {"partial": f, "lse": f, "out": p}, constants
 
 
@@ -109,12 +109,12 @@ def awq_launches(dtype: torch.dtype):
     pointers = {"x": p, "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "sums": "*fp32"}
     packed = {name: pointers[name] for name in ("qweight", "qzeros", "scales")}
     for group in (32, 64, 128, 4096):
-        block_k = awq._block_k(4096, group)
-        constants = {"GROUP": group, "BLOCK_K": block_k, "BLOCK_N": 64, "x_k": 1}
+        block_in = awq._block_in(4096, group)
+        constants = {"GROUP": group, "BLOCK_IN": block_in, "BLOCK_OUT": 64, "x_in": 1}
         yield awq._gemv_kernel, pointers, constants
         for rows in (16, 64):
-            yield awq._gemm_kernel, pointers, constants | {"BLOCK_M": rows, "UPCAST": False}
-        sizes = {"GROUP": group, "BLOCK_K": block_k, "BLOCK_N": 128}
+            yield awq._gemm_kernel, pointers, constants | {"BLOCK_ROWS": rows, "UPCAST": False}
+        sizes = {"GROUP": group, "BLOCK_IN": block_in, "BLOCK_OUT": 128}
         yield awq._dequantize_kernel, packed | {"out": "*fp16"}, sizes
     for bias in (False, True):
         pointers = {"sums": "*fp32", "bias": p, "out": p}

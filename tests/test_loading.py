@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, same_bits
 from safetensors.torch import load_file, save_file
 
-from model import VLM, Processor, fetch, load
+from checkpoints import fetch, load, load_model, load_processor
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def assert_same_model(a, b):
 
 def test_shards_hold_the_same_model(tiny, folder):
     shard(folder)
-    assert_same_model(VLM.from_pretrained(folder, device="cpu"), tiny[0])
+    assert_same_model(load_model(folder, device="cpu"), tiny[0])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_other_spellings_of_tensor_names(tiny, folder, old, new):
     renamed = {re.sub("^" + old, new, name): tensor for name, tensor in tensors.items()}
     assert renamed.keys() != tensors.keys()
     save_file(renamed, folder / "model.safetensors")
-    assert_same_model(VLM.from_pretrained(folder, device="cpu"), tiny[0])
+    assert_same_model(load_model(folder, device="cpu"), tiny[0])
 
 
 def test_known_unneeded_tensors_are_skipped(tiny, folder):
@@ -78,7 +78,7 @@ def test_known_unneeded_tensors_are_skipped(tiny, folder):
     tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(101)[None]
     save_file(tensors, folder / "model.safetensors")
-    assert_same_model(VLM.from_pretrained(folder, device="cpu"), tiny[0])
+    assert_same_model(load_model(folder, device="cpu"), tiny[0])
 
 
 @pytest.mark.parametrize("place", ["config", "text_config"])
@@ -87,32 +87,32 @@ def test_a_tied_head_may_be_missing_but_a_stored_one_wins(folder, place):
         (config if place == "config" else config["text_config"])["tie_word_embeddings"] = True
 
     edit(folder / "config.json", tie)
-    stored = VLM.from_pretrained(folder, device="cpu")
+    stored = load_model(folder, device="cpu")
     assert not same_bits(stored.lm_head.weight, stored.decoder.embed_tokens.weight)
     tensors = load_file(folder / "model.safetensors")
     del tensors["language_model.lm_head.weight"]
     save_file(tensors, folder / "model.safetensors")
-    tied = VLM.from_pretrained(folder, device="cpu")
+    tied = load_model(folder, device="cpu")
     assert tied.lm_head.weight is tied.decoder.embed_tokens.weight
 
 
 def test_dtype_and_device_arguments(folder):
-    vlm = VLM.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
+    vlm = load_model(folder, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
     edit(folder / "config.json", lambda c: c.update(torch_dtype="float16"))
-    assert VLM.from_pretrained(folder, device="cpu").dtype == torch.float16
+    assert load_model(folder, device="cpu").dtype == torch.float16
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": "float16"}, {"dtype": torch.float64}])
 def test_other_dtypes_are_refused(arguments):
     with pytest.raises(ValueError, match="dtype must be torch.float32, float16, bfloat16 or None"):
-        VLM.from_pretrained(TINY, **arguments)
+        load_model(TINY, **arguments)
 
 
 @pytest.mark.parametrize("device", ["", "toaster", "meta", "hpu", 3.5])
 def test_devices_that_cannot_be_used_are_refused(device):
     with pytest.raises(ValueError, match="cannot be used"):
-        VLM.from_pretrained(TINY, device=device)
+        load_model(TINY, device=device)
 
 
 def test_the_tokenizers_own_truncation_and_padding_are_not_obeyed(tiny, folder):
@@ -122,7 +122,7 @@ def test_the_tokenizers_own_truncation_and_padding_are_not_obeyed(tiny, folder):
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=12)
     tokenizer.save(str(folder / "tokenizer.json"))
-    processor = Processor.from_pretrained(folder)
+    processor = load_processor(folder)
     assert processor.context([7]) == tiny[1].context([7])
     question = "which digit is next to the red 7?"
     assert processor.question(question, first=True) == tiny[1].question(question, first=True)
@@ -130,9 +130,9 @@ def test_the_tokenizers_own_truncation_and_padding_are_not_obeyed(tiny, folder):
 
 def test_the_model_loads_without_a_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
-    VLM.from_pretrained(folder, device="cpu")
+    load_model(folder, device="cpu")
     with pytest.raises(FileNotFoundError, match="no tokenizer.json in"):
-        Processor.from_pretrained(folder)
+        load_processor(folder)
 
 
 def test_config_spellings_and_defaults(folder):
@@ -144,20 +144,20 @@ def test_config_spellings_and_defaults(folder):
         config["dtype"] = config.pop("torch_dtype")
         config["vision_config"].pop("projection_dim")
 
-    before = VLM.from_pretrained(folder, device="cpu").config
+    before = load_model(folder, device="cpu").config
     edit(folder / "config.json", respell)
-    assert VLM.from_pretrained(folder, device="cpu").config == before
+    assert load_model(folder, device="cpu").config == before
 
 
 def test_stop_tokens_come_from_the_first_place_that_names_them(folder):
     generation = folder / "generation_config.json"
     edit(generation, lambda c: c.update(eos_token_id=[7, 9]))
-    assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (7, 9)
+    assert load_model(folder, device="cpu").config.stop_ids == (7, 9)
     generation.unlink()
     edit(folder / "config.json", lambda c: c["text_config"].update(eos_token_id=5))
-    assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (5,)
+    assert load_model(folder, device="cpu").config.stop_ids == (5,)
     edit(folder / "config.json", lambda c: c["text_config"].pop("eos_token_id"))
-    assert VLM.from_pretrained(folder, device="cpu").config.stop_ids == (2,)
+    assert load_model(folder, device="cpu").config.stop_ids == (2,)
 
 
 def edited(name, **changes):

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import random_model, random_pictures
+from conftest import random_model, random_pictures, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels
 import model
-from model import KVCache, causal_attention, rotary_table, rotate, sample, token_salience
+from model import KVCache, causal_attention, rotary_table, rotate, sample
+from sparsevila import SparseVILA, patch_salience
 
 
 @given(
@@ -33,7 +35,7 @@ def test_salience_is_the_mean_attention_of_the_summary_rows(summary):
     attention = (q.double() @ k.double().mT / math.sqrt(8)).softmax(-1)
     rows = attention[:, :, : summary or 9]
     expected = rows.mean((1, 2))[:, summary:]
-    salience = token_salience(q, k, summary)
+    salience = patch_salience(q, k, summary)
     assert salience.dtype == torch.float32
     assert torch.allclose(salience.double(), expected, rtol=1e-5)
 
@@ -56,10 +58,11 @@ def test_the_public_shapes_are_as_documented(dtype):
     vlm, processor = random_model(1, dtype=dtype, grid=3, layers=2)
     pixels = processor.pixels(random_pictures(0, 2))
     assert pixels.shape == (2, 3, 12, 12) and pixels.dtype == torch.float32
-    features, salience = vlm.encode(pixels)
-    assert features.shape == (2, 9, 24) and features.dtype == dtype
-    assert salience.shape == (2, 9) and salience.dtype == torch.float32
-    visual = vlm.project(features)
+    features, salience = SparseVILA(vlm, processor).encode(pixels)
+    assert [x.shape for x in features] == [(9, 24)] * 2 and features[0].dtype == dtype
+    assert [s.shape for s in salience] == [(9,)] * 2 and salience[0].dtype == torch.float32
+    assert all(same_bits(x, y) for x, y in zip(features, vlm.encode(pixels), strict=True))
+    visual = vlm.project(torch.stack(features))
     assert visual.shape == (2, 9, 32)
     embeddings = vlm.embed(processor.context([9, 9]), visual.flatten(0, 1))
     T = len(processor.context([9, 9]))
@@ -73,10 +76,12 @@ def test_the_public_shapes_are_as_documented(dtype):
 def test_encoding_many_pictures_in_parts_gives_the_same_features():
     vlm, processor = random_model(2)
     pixels = processor.pixels(random_pictures(0, 5))
-    whole = vlm.encode(pixels)
+    session = SparseVILA(vlm, processor)
+    whole = session.encode(pixels)
     vlm.ENCODE_BATCH = 2
-    for part, all_at_once in zip(vlm.encode(pixels), whole):
-        assert torch.allclose(part, all_at_once, rtol=1e-4, atol=1e-5)
+    for parts, all_at_once in zip(session.encode(pixels), whole):
+        for a, b in zip(parts, all_at_once, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("feature_layer", [0, 1, 2, 3, -1, -2, -3, -4])
@@ -87,10 +92,16 @@ def test_features_come_from_the_layer_that_was_asked_for(feature_layer):
     states = [tower.embed(pixels)]
     for block in tower.layers:
         states.append(block(states[-1]))
-    features, salience = vlm.encode(pixels)
-    assert torch.equal(features, states[feature_layer][:, 1:])
+    features, salience = SparseVILA(vlm, processor).encode(pixels)
+    assert torch.equal(torch.stack(features), states[feature_layer][:, 1:])
     q, k = tower.layers[-1].self_attn.query_key(tower.layers[-1].layer_norm1(states[-2]))
-    assert torch.equal(salience, token_salience(q, k, 1))
+    assert torch.equal(torch.stack(salience), patch_salience(q, k, 1))
+    for layer, block in enumerate(tower.layers):  # and any other layer's, or none
+        got, q, k = tower(pixels, layer)
+        wanted = block.self_attn.query_key(block.layer_norm1(states[layer]))
+        assert torch.equal(got, states[feature_layer])
+        assert torch.equal(q, wanted[0]) and torch.equal(k, wanted[1])
+    assert tower(pixels)[1:] == (None, None)
 
 
 def test_embed_puts_visual_rows_at_the_placeholders_in_order():
@@ -178,7 +189,7 @@ def test_generating_leaves_the_global_random_numbers_alone():
 def test_encode_refuses_pictures_of_another_size():
     vlm, _ = random_model(7)
     side = vlm.config.vision.image_size
-    message = rf"pixels must be \(images, 3, {side}, {side}\), got \(1, 3, {side + 1}, {side}\)"
+    message = rf"pixels must be \(views, 3, {side}, {side}\), got \(1, 3, {side + 1}, {side}\)"
     with pytest.raises(ValueError, match=message):
         vlm.encode(torch.zeros(1, 3, side + 1, side))
 
@@ -229,11 +240,11 @@ def test_the_cache_grows_and_is_cut():
             cache.truncate(length)
 
 
-@pytest.mark.parametrize("positions", [[5], [[1, 2, 3]], []])
+@pytest.mark.parametrize("positions", [[5], [[1, 2, 3]], [[1, 2, 3]] * 2, []])
 def test_read_refuses_positions_that_are_not_one_for_each_row(positions):
     vlm, _ = random_model(0)
     cache = KVCache(2)
-    with pytest.raises(ValueError, match=r"positions must be \(3,\), got"):
+    with pytest.raises(ValueError, match=r"positions must be \(3,\) or \(3, 3\), got"):
         vlm.read(vlm.embed([1, 5, 6]), cache, positions=torch.tensor(positions))
     assert cache.length == 0
 
@@ -272,7 +283,7 @@ def test_a_failed_read_leaves_the_cache_as_it_was():
 def test_salience_of_all_rows_needs_no_class_token():
     """SigLIP-style towers score by the column means; the sums over all tokens are 1."""
     q = torch.randn(1, 2, 6, 4)
-    assert torch.allclose(token_salience(q, q, 0).sum(), torch.tensor(1.0))
+    assert torch.allclose(patch_salience(q, q, 0).sum(), torch.tensor(1.0))
 
 
 def test_gradients_flow_where_there_is_no_cache():
@@ -289,7 +300,7 @@ def test_gradients_flow_where_there_is_no_cache():
 def test_linear_is_the_same_product_by_any_library(rows, bias, amd, monkeypatch):
     """In inference oneDNN's for large weights and MKL's in blocks for one row, in either order, the
     plain one where gradients flow; against float64."""
-    monkeypatch.setattr(model, "AMD", amd)
+    monkeypatch.setattr(kernels, "AMD", amd)
     torch.manual_seed(0)
     for inputs, outputs in ((512, 256), (256, 512), (300, 500), (8, 8)):
         linear = model.Linear(inputs, outputs, bias=bias)

@@ -12,7 +12,10 @@ from conftest import TINY
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from model import CLIP_MEAN, CLIP_STD, Processor, open_clip, open_picture
+from checkpoints import load_processor
+from checkpoints.llava import Processor
+from checkpoints.processor import CLIP_MEAN, CLIP_STD, open_clip, open_picture
+from model import Config, TextConfig, VisionConfig
 
 RED = (200, 30, 10)
 
@@ -221,12 +224,16 @@ def llama_tokenizer():
 IMAGE_CONFIG = {"size": {"shortest_edge": 8}, "crop_size": 8}
 
 
+def config_of(tokenizer):
+    vision = VisionConfig(image_size=8, patch_size=4)
+    return Config(vision, TextConfig(), image_token_id=tokenizer.token_to_id("<image>"))
+
+
 def test_a_whole_prompt_is_tokenised_as_the_family_does():
     """Context and question together are the ids of the prompt encoded in one piece, as the public
     processor encodes it: special tokens split the text, and every piece gets its own "▁"."""
     tokenizer = llama_tokenizer()
-    image = tokenizer.token_to_id("<image>")
-    processor = Processor(tokenizer, image, IMAGE_CONFIG)
+    processor = Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG)
     ids = processor.context([1]) + processor.question("what?", first=True)
     assert ids == tokenizer.encode("USER: <image>\nwhat? ASSISTANT:").ids
     ids = processor.context([1, 1]) + processor.question("hi", first=True)
@@ -256,7 +263,7 @@ def test_a_whole_prompt_is_tokenised_as_the_family_does():
 def test_odd_picture_settings_are_refused(changes, message):
     tokenizer = llama_tokenizer()
     with pytest.raises(ValueError, match=message):
-        Processor(tokenizer, tokenizer.token_to_id("<image>"), IMAGE_CONFIG | changes)
+        Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG | changes)
 
 
 def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):
@@ -265,4 +272,4 @@ def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):
         text = re.sub('"(height|width)": 160', r'"\1": 128', text)
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="crop_size must be the tower's image_size 160, got 128"):
-        Processor.from_pretrained(tmp_path)
+        load_processor(tmp_path)

@@ -1,7 +1,7 @@
-"""Every command of README.md is run, the long ones on something smaller; its sample output, line
-counts and links are true. `python tests/test_readme.py` writes the line counts."""
+"""Every command of README.md, and of the pages it leads to, is run, the long ones on something
+smaller; the README's sample output, length and line counts are true, and so are all links.
+`python tests/test_readme.py` writes the line counts."""
 
-import importlib
 import importlib.util
 import re
 import shlex
@@ -12,22 +12,34 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command_line
+from test_house import MOST_LINES
+
+from bench import __main__ as bench
+from tools import ask
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "results/README.md",
+    "examples/README.md",
+    "tiny/README.md",
+]
 GOLDEN = ROOT / "tests" / "golden"
 COUNT = re.compile(r"^\| `(\w+\.py)` \| (\d+) \|", re.MULTILINE)
 
 
-def blocks(language: str = "") -> list[str]:
-    """The README's blocks of code in a language; commands and output are in none."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str = "", text: str = README) -> list[str]:
+    """A page's blocks of code in a language; commands and output are in none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [text for name, text in found if name == language]
 
 
 def commands() -> list[str]:
-    """All commands, in blocks and in running text, one by one."""
-    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks())).splitlines()
-    lines += re.findall(r"`((?:python|pytest) [^`]+)`", README)
+    """All commands of all pages, in blocks and in running text, one by one."""
+    pages = "\n\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks(text=pages))).splitlines()
+    lines += [" ".join(c.split()) for c in re.findall(r"`((?:python|pytest) [^`]+)`", pages)]
     single = [part.split("  #")[0].strip() for line in lines for part in line.split(" && ")]
     starts = ("python ", "pytest", "pip ", "ruff ", "bash ", "jupyter ")
     return [part for part in dict.fromkeys(single) if part.startswith(starts)]
@@ -46,11 +58,11 @@ def small(command: str, folder: Path) -> list[str]:
         "RESULTS_FOLDER": str(folder / "results"),
         " quantised": f" {folder / 'quantised'} --samples 2",
         "--model quantised": f"--model {folder / 'quantised'}",
-        "figures/": f"{folder}/",
+        "--figure results/": f"--figure {folder}/",
         "tiny/overlay.png": str(folder / "overlay.png"),
         "retrieved.png": str(folder / "retrieved.png"),
-        "bench.py accuracy": "bench.py accuracy --methods dense blind --questions 4 --seeds 2",
-        "bench.py needle": "bench.py needle --methods blind --clips 1",
+        "bench accuracy": "bench accuracy --methods dense blind --questions 4 --seeds 2",
+        "bench needle": "bench needle --methods blind --clips 1",
     }.items():
         if long == " quantised" and "awq.py" not in command:
             continue
@@ -74,11 +86,13 @@ ELSEWHERE = {
     "--ExecutePreprocessor.record_timing=False tutorial.ipynb": "tests/test_tutorial.py",
     "python tests/test_readme.py": "tests/test_readme.py",
     "python tiny/train.py": "tests/test_tiny.py",
-    "python bench.py load": "tests/test_families.py",
-    "python bench.py make smolvlm-256m random256m": "tests/test_families.py",
-    "python bench.py speed --figure figures/speed.png": "tests/test_bench.py",
-    "python kernels.py": "test_the_benchmark_of_the_kernels",
-    "python awq.py --bench": "test_the_benchmark_of_the_products",
+    "python -m bench load": "tests/test_families.py",
+    "python -m bench make smolvlm-256m random256m": "tests/test_families.py",
+    "python -m bench speed --figure results/speed.png": "tests/test_bench.py",
+    "python -m bench speed": "tests/test_bench.py",
+    "python -m bench kernels": "test_the_benchmark_of_the_kernels",
+    "python -m bench awq": "test_the_benchmark_of_the_products",
+    "python -m bench quantised": "test_the_tables_of_quantised_variants",
 }
 HERE_RUN = [command for command in commands() if command not in ELSEWHERE]
 
@@ -110,9 +124,10 @@ def folder(tmp_path_factory) -> Path:
 def test_command(command, folder):
     program, *arguments = small(command, folder)
     stdin = "where is the 7?\n"
-    if arguments[0] in ("sparsevila.py", "bench.py"):
-        main = importlib.import_module(arguments[0].removesuffix(".py")).main
-        ran = command_line(main, *arguments[1:], stdin=stdin, cwd=ROOT)
+    if arguments[0] == "sparsevila.py":
+        ran = command_line(ask.main, *arguments[1:], stdin=stdin, cwd=ROOT)
+    elif arguments[:2] == ["-m", "bench"]:
+        ran = command_line(bench.main, *arguments[2:], stdin=stdin, cwd=ROOT)
     else:
         start = [sys.executable, *(["-m", "pytest", "-q"] if program == "pytest" else [])]
         ran = subprocess.run(
@@ -149,23 +164,41 @@ def test_the_sample_output():
 
 
 def test_the_benchmark_of_the_kernels(monkeypatch, capsys):
-    import kernels
+    from bench import kernels
 
     monkeypatch.setattr(kernels, "SHAPES", [("small", 1, 4, 2, 8, 16, 8, True)])
+    monkeypatch.setattr(kernels, "LINEARS", ((512, 256),))
     monkeypatch.setattr(kernels, "LENGTHS", (16, 32, 64))
     monkeypatch.setattr(kernels, "_peaks", lambda new, gpu: (1e7, 1e8))
     kernels.benchmark()
     lines = capsys.readouterr().out.splitlines()
     assert sum("decode_attention" in line for line in lines[:-1]) == 3 and lines[-1][0] == "{"
+    assert sum("linear: " in line for line in lines[:-1]) == 3
+
+
+def test_the_tables_of_quantised_variants(monkeypatch, capsys):
+    from bench import quantised
+
+    monkeypatch.setattr(quantised, "EQUIVALENTS", 2)
+    chosen = ("full precision", "round to nearest", "AWQ without clip", "AWQ")
+    few = {name: quantised.VARIANTS[name] for name in chosen}
+    monkeypatch.setattr(quantised, "VARIANTS", few)
+    monkeypatch.setattr(quantised, "CALIBRATION_TURNS", 2)
+    monkeypatch.setattr(quantised, "SCENES", 4)
+    bench.main(["quantised", "--questions", "2"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[1:5]] == list(few)
+    assert float(rows[1].split("|")[3].split()[0]) == 0  # of the model from itself
+    assert sum("±" in row for row in rows) == 4 + 3
 
 
 def test_the_benchmark_of_the_products(monkeypatch, capsys):
-    import awq
+    from bench import awq
 
     monkeypatch.setattr(awq, "SHAPES", [("small", 256, 64)])
     awq.benchmark()
     lines = capsys.readouterr().out.splitlines()
-    assert sum("small: M" in line for line in lines[:-1]) == 3 and lines[-1][0] == "{"
+    assert sum("small: " in line for line in lines[:-1]) == 3 and lines[-1][0] == "{"
 
 
 def line_count(name: str) -> int:
@@ -174,35 +207,46 @@ def line_count(name: str) -> int:
 
 def test_line_counts():
     found = {name: int(lines) for name, lines in COUNT.findall(README)}
-    assert len(found) == 6
+    assert set(found) == set(MOST_LINES)
     right = {name: line_count(name) for name in found}
     assert found == right, "python tests/test_readme.py writes them"
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 14_000
+
+
 @pytest.mark.parametrize(
-    "files", ["kernels", "awq", "model awq kernels", "sparsevila model awq kernels"]
+    "files", ["kernels", "awq", "model kernels", "sparsevila model awq kernels checkpoints"]
 )
 def test_copied_files_work_alone(files, tmp_path):
     """As "Copy" under "Files" says, in a folder of their own."""
     names = files.split()
     for name in names:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name)
+        else:
+            shutil.copy(ROOT / f"{name}.py", tmp_path)
     command = [sys.executable, "-c", f"import {names[0]}; print({names[0]}.__file__)"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert Path(ran.stdout.strip()).parent == tmp_path
 
 
-def test_links_and_headings_are_there():
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
-    for link in links:
-        if link.startswith("#"):
-            assert link in anchors, link
-        elif not link.startswith("https://"):
-            path, _, _ = link.partition("#")
-            assert (ROOT / path).exists(), link
+@pytest.mark.parametrize("page", [*PAGES, "tests/conformance/README.md"])
+def test_links_and_headings_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+
+    def anchors(file: Path) -> set[str]:
+        headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file), link
 
 
 def write_line_counts() -> None:

@@ -9,8 +9,9 @@ from conftest import TINY, same_bits
 from safetensors.torch import load_file
 
 from baselines import RandomSalience
+from bench import accuracy
 from sparsevila import Dense, SparseVILA
-from tiny import evaluate, train
+from tiny import train
 from tiny.scenes import BOARD, KINDS, make_scene, question_and_answer, render, to_images
 
 
@@ -83,7 +84,7 @@ def share_right(session, kinds):
 def test_the_tiny_model_answers_unseen_scenes(tiny, session_type, positions):
     """The card has the accuracy on 500."""
     session = session_type(*tiny, protocol="evaluation", positions=positions)
-    assert share_right(session, evaluate.LOOKUPS) >= 0.95
+    assert share_right(session, accuracy.LOOKUPS) >= 0.95
 
 
 def test_the_right_tokens_are_what_matters(tiny):
@@ -94,9 +95,9 @@ def test_the_right_tokens_are_what_matters(tiny):
 
 
 def test_parts_of_an_answer():
-    assert evaluate.parts("red, c4.") == ("red", " c4.")
-    assert evaluate.parts("4: 7 2 9 1.") == ("4", " 7 2 9 1.")
-    assert evaluate.parts("nothing") == ("nothing", "")
+    assert accuracy.parts("red, c4.") == ("red", " c4.")
+    assert accuracy.parts("4: 7 2 9 1.") == ("4", " 7 2 9 1.")
+    assert accuracy.parts("nothing") == ("nothing", "")
 
 
 class Stop(Exception):

@@ -85,7 +85,8 @@ def test_prune_keeps_the_most_salient_of_every_frame(images, n, sparsity, seed):
     features, salience = torch.randn(images, n, 3), torch.rand(images, n)
     kept, index = prune(features, salience, sparsity)
     K = keep_count(n, sparsity)
-    assert kept.shape == (images, K, 3) and index.shape == (images, K)
+    assert [x.shape for x in kept] == [(K, 3)] * images
+    assert [i.shape for i in index] == [(K,)] * images
     for picture in range(images):
         assert torch.equal(kept[picture], features[picture, index[picture]])
         others = [j for j in range(n) if j not in index[picture].tolist()]
@@ -93,11 +94,32 @@ def test_prune_keeps_the_most_salient_of_every_frame(images, n, sparsity, seed):
             assert salience[picture, index[picture]].min() >= salience[picture, others].max()
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), sparsities, st.integers(0, 99))
+def test_views_may_differ_in_their_number_of_tokens(sizes, sparsity, seed):
+    """Against plain Python: every view by itself, or all tokens in one list."""
+    torch.manual_seed(seed)
+    features = [torch.randn(n, 2) for n in sizes]
+    salience = [torch.randint(0, 4, (n,)).float() for n in sizes]  # with ties
+    tokens = [(view, i) for view, n in enumerate(sizes) for i in range(n)]
+
+    def best(candidates):
+        order = sorted(candidates, key=lambda t: (-float(salience[t[0]][t[1]]), t))
+        return order[: keep_count(len(candidates), sparsity)]
+
+    frames = [t for view in range(len(sizes)) for t in best([t for t in tokens if t[0] == view])]
+    for scope, chosen in (("frame", frames), ("global", best(tokens))):
+        kept, index = prune(features, salience, sparsity, scope=scope)
+        assert len(kept) == len(index) == len(sizes)
+        assert [(v, i) for v, part in enumerate(index) for i in part.tolist()] == sorted(chosen)
+        assert all(torch.equal(kept[v], features[v][index[v]]) for v in range(len(sizes)))
+
+
 def test_prune_globally_may_empty_a_frame():
     features = torch.arange(12.0).view(2, 3, 2)
     salience = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]])
     kept, index = prune(features, salience, 0.5, scope="global")
-    assert index.tolist() == [[3, 4, 5]] and torch.equal(kept, features[1:])
+    assert [i.tolist() for i in index] == [[], [0, 1, 2]]
+    assert kept[0].shape == (0, 2) and torch.equal(kept[1], features[1])
 
 
 @given(st.integers(0, 99), sparsities, sparsities)
@@ -107,13 +129,13 @@ def test_pruning_more_keeps_a_subset(seed, a, b):
     low, high = sorted((a, b))
     for scope in ("frame", "global"):
         more, fewer = (prune(features, salience, s, scope=scope)[1] for s in (low, high))
-        for wide, narrow in zip(more.tolist(), fewer.tolist()):
-            assert set(narrow) <= set(wide)
+        for wide, narrow in zip(more, fewer, strict=True):
+            assert set(narrow.tolist()) <= set(wide.tolist())
 
 
 def test_prune_refuses():
     features, salience = torch.randn(2, 5, 3), torch.rand(2, 5)
-    with pytest.raises(ValueError, match=r"got \(2, 5, 3\) and \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"got \[\(5, 3\), \(5, 3\)\] and \[\(4,\), \(4,\)\]"):
         prune(features, salience[:, :4], 0.5)
     with pytest.raises(ValueError, match="scope must be 'frame' or 'global', got 'video'"):
         prune(features, salience, 0.5, scope="video")

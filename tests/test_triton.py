@@ -71,11 +71,11 @@ def test_lse_and_colsum_match_float64(shape, causal):
 
 @few
 @given(shapes, st.booleans(), st.integers(1, 9))
-def test_blocks_and_splits_change_nothing_but_rounding(shape, causal, splits):
+def test_blocks_and_parts_change_nothing_but_rounding(shape, causal, parts):
     q, k = draw(**shape)
     options = {"causal": causal, "scale": None}
-    whole = kernels._attention_lse_triton(q, k, splits=1, **options)
-    parts = kernels._attention_lse_triton(q, k, splits=splits, **options)
+    whole = kernels._attention_lse_triton(q, k, parts=1, **options)
+    parts = kernels._attention_lse_triton(q, k, parts=parts, **options)
     assert torch.allclose(whole, parts, rtol=1e-6, atol=1e-6)
     expected = kernels.attention_colsum(q, k, causal=causal).double()
     real = kernels._blocks
@@ -143,7 +143,7 @@ def test_gathering_copies_rows_bit_for_bit(shape, K, dtype, features):
 
 @few
 @given(shapes, st.integers(0, 5), st.booleans(), st.sampled_from([None, 1, 2, 7]))
-def test_decode_attention_matches_float64_and_reads_no_further(shape, unused, on_device, splits):
+def test_decode_attention_matches_float64_and_reads_no_further(shape, unused, on_device, parts):
     q, k = draw(**shape | {"M": 1})
     v = draw(**shape | {"seed": shape["seed"] + 1})[1]
     softmax = softmax64(q, k, False)[1]
@@ -152,10 +152,10 @@ def test_decode_attention_matches_float64_and_reads_no_further(shape, unused, on
     poison = torch.full((*k.shape[:2], unused, k.shape[3]), math.nan, device=ON).to(k.dtype)
     k, v = torch.cat([k, poison], 2), torch.cat([v, poison], 2)
     length = torch.tensor(N, device=ON) if on_device else N
-    if splits is None:
+    if parts is None:
         out = kernels.decode_attention(q, k, v, length=length)
     else:
-        out = kernels._decode_attention_triton(q, k, v, length=length, scale=None, splits=splits)
+        out = kernels._decode_attention_triton(q, k, v, length=length, scale=None, parts=parts)
     assert out.shape == q.shape and out.dtype == q.dtype
     close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[q.dtype]
     assert torch.allclose(out.double(), expected, rtol=close, atol=close)

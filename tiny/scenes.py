@@ -91,7 +91,7 @@ def make_needle(rng: random.Random, frames: int, depth: int) -> tuple[Scene, Gly
     else. Which of the six will be asked for, nobody can know from the clip."""
     digits, colors = rng.sample(range(10), 8), rng.sample(list(COLORS), 8)
     elsewhere = [frame for frame in range(frames) if frame != depth] or [depth]
-    cells = rng.sample(range(BOARD**2), 8)  # all different, in whatever frames
+    cells = rng.sample(range(BOARD**2), 8)  # all different, also across frames
     places = [(depth, cell) for cell in cells[:6]]
     places += [(rng.choice(elsewhere), cell) for cell in cells[6:]]
     glyphs = [

@@ -43,7 +43,10 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from model import CLIP_MEAN, CLIP_STD, VLM, Config, Processor, TextConfig, VisionConfig  # noqa: E402
+from checkpoints import llava, load_processor  # noqa: E402
+from checkpoints.processor import CLIP_MEAN, CLIP_STD, Processor  # noqa: E402
+from checkpoints.weights import hub_names, translate  # noqa: E402
+from model import VLM, Config, TextConfig, VisionConfig  # noqa: E402
 from tiny.scenes import (  # noqa: E402
     BOARD,
     CELL,
@@ -158,9 +161,7 @@ class Writer:
             tokens = [(token, False) for token in asked] + [(token, True) for token in answered]
             if isolated or turn == len(turns):
                 tokens.append((self.stop, True))
-            if (
-                not first
-            ):  # the stop token that opens the next question's prompt ends the last answer
+            if not first:  # the stop token that opens a later prompt ends the answer before it
                 tokens[0] = (tokens[0][0], True)
             rows += [(t, start + i, turn, loss) for i, (t, loss) in enumerate(tokens)]
         return rows
@@ -295,7 +296,7 @@ def measure_features(model: VLM, seed: int) -> None:
     """Mean and standard deviation of the features that the projector sees as (f - mean) / std."""
     rng = random.Random(f"train {seed} scale")
     frames = torch.cat([render(make_scene(rng), rng) for _ in range(64)])
-    features = model.encode(normalise(frames))[0].flatten(0, 1)
+    features = torch.cat(model.encode(normalise(frames)))
     model.feature_mean.copy_(features.mean(0))
     model.feature_std.copy_(features.std(0))
 
@@ -306,7 +307,7 @@ def measure_features(model: VLM, seed: int) -> None:
 def decoder_loss(model: VLM, writer: Writer, seed: int, step: int) -> tuple[Tensor, str]:
     pictures, rows, isolated = make_batch(writer, seed, step)
     ids, positions, turn, loss_here = rows.unbind(-1)
-    features = model.encode(normalise(pictures.flatten(0, 1)))[0]
+    features = torch.stack(model.encode(normalise(pictures.flatten(0, 1))))
     features = (features - model.feature_mean) / model.feature_std
     visual = model.projector(features).flatten(0, 1)  # (B * frames * patches, E)
     embeddings = model.decoder.embed_tokens(ids)
@@ -380,7 +381,7 @@ def train(seed: int, out: Path) -> None:
     model = new_model(tokenizer.get_vocab_size())
     heads = Heads(model.config.vision.width)
     write_json_files(out, model, tokenizer)
-    writer = Writer(Processor.from_pretrained(out), model.config.vision.patches)
+    writer = Writer(load_processor(out), model.config.vision.patches)
     state = {"stage": 0, "step": 0, "optimizer": None, "seed": seed}
     if STATE.exists():
         state = torch.load(STATE, weights_only=True)
@@ -423,20 +424,13 @@ def train(seed: int, out: Path) -> None:
 
 def write_weights(out: Path, model: VLM, heads: Heads) -> None:
     """model.safetensors with the tensor names of LLaVA-1.5, the feature scale folded in."""
-    tensors = {}
-    for name, tensor in model.named_parameters():
-        name = name.replace("vision_tower.layers", "vision_tower.encoder.layers")
-        for part in ("class_embedding", "patch_embedding", "position_embedding"):
-            name = name.replace(f"vision_tower.{part}", f"vision_tower.embeddings.{part}")
-        name = name.replace("vision_tower.", "vision_tower.vision_model.")
-        name = name.replace("projector.layers.0", "multi_modal_projector.linear_1")
-        name = name.replace("projector.layers.2", "multi_modal_projector.linear_2")
-        name = name.replace("decoder.", "language_model.model.").replace(
-            "lm_head", "language_model.lm_head"
-        )
-        tensors[name] = tensor.detach().clone()
-    for name, tensor in heads.post_layernorm.named_parameters():
-        tensors[f"vision_tower.vision_model.post_layernorm.{name}"] = tensor.detach().clone()
+    parameters = dict(model.named_parameters())
+    parameters |= {
+        f"vision_tower.post_layernorm.{name}": tensor
+        for name, tensor in heads.post_layernorm.named_parameters()
+    }
+    names = hub_names(llava.NAMES)
+    tensors = {translate(name, names): t.detach().clone() for name, t in parameters.items()}
     weight = tensors["multi_modal_projector.linear_1.weight"]
     weight /= model.feature_std
     tensors["multi_modal_projector.linear_1.bias"] -= weight @ model.feature_mean

@@ -309,9 +309,16 @@ def the_most_salient_tokens_of_every_picture(lab: Lab) -> None:
         keep = oracle.keep_count(20, sparsity)
         kept, index = lab.prune(features, salience, sparsity)
         expected = [oracle.select_tokens(row, keep) for row in salience.tolist()]
-        same(index, expected, f"sparsity {sparsity}: index")
-        rows = torch.stack([features[i, chosen] for i, chosen in enumerate(expected)])
-        assert torch.equal(kept, rows), f"sparsity {sparsity}: features are not those of the index"
+        per_view(kept, index, features, expected, f"sparsity {sparsity}")
+
+
+def per_view(kept: Any, index: Any, features: Any, expected: list[list[int]], what: str) -> None:
+    """What `prune` returned: for each view the rows of the index that is expected."""
+    same([part.tolist() for part in index], expected, f"{what}: index")
+    assert len(kept) == len(expected), f"{what}: {len(kept)} views in place of {len(expected)}"
+    for view, chosen in enumerate(expected):
+        rows = features[view][chosen]
+        assert torch.equal(kept[view], rows), f"{what}: features are not those of the index"
 
 
 @checks("prune")
@@ -322,15 +329,25 @@ def pruning_over_all_pictures_together(lab: Lab) -> None:
     )
     for sparsity, keep in ((0.5, 30), (0.33, 41)):
         kept, index = lab.prune(features, salience, sparsity, scope="global")
-        expected = oracle.select_tokens(salience.flatten().tolist(), keep)
-        same(index, [expected], f"index at {sparsity}")
-        assert torch.equal(kept, features.flatten(0, 1)[expected][None]), f"features at {sparsity}"
+        every = oracle.select_tokens(salience.flatten().tolist(), keep)
+        expected = [[i % 20 for i in every if i // 20 == view] for view in range(3)]
+        per_view(kept, index, features, expected, f"global, sparsity {sparsity}")
+
+
+@checks("prune")
+def views_with_different_numbers_of_tokens(lab: Lab) -> None:
+    sizes = (9, 1, 24, 6)
+    features = [lab.normal(view, n, 4) for view, n in enumerate(sizes)]
+    salience = [lab.normal(9 + i, n, dtype=torch.float32) for i, n in enumerate(sizes)]
+    kept, index = lab.prune(features, salience, 0.6)
+    expected = [oracle.select_tokens(s.tolist(), oracle.keep_count(len(s), 0.6)) for s in salience]
+    per_view(kept, index, features, expected, "views of 9, 1, 24 and 6 tokens")
 
 
 @checks("prune")
 def equal_salience_keeps_the_first_tokens(lab: Lab) -> None:
     _, index = lab.prune(lab.normal(0, 1, 10, 2), torch.ones(1, 10, device=lab.device), 0.6)
-    same(index, [[0, 1, 2, 3]], "index")
+    same([part.tolist() for part in index], [[0, 1, 2, 3]], "index")
 
 
 # --- four-bit weights -----------------------------------------------------------------------------
@@ -473,9 +490,9 @@ class Session:
     ):  # fmt: skip
         self.lab, self.sparsity, self.layers = lab, sparsity, layers
         (self.H, self.G), self.D = heads, head_dim
-        self.cache = lab.RetrievalCache(layers, sparsity)
         self.visual = [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16]  # row 10 is text between
-        self.cache.visual = torch.tensor(self.visual, device=lab.device)
+        rows = torch.tensor(self.visual, device=lab.device)
+        self.cache = lab.RetrievalCache(layers, sparsity, visual=rows)
         self.seed = seed
         empty = torch.zeros(1, self.G, 0, self.D, dtype=lab.dtypes[0])
         self.k, self.v = [empty] * layers, [empty] * layers

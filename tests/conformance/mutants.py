@@ -1,6 +1,7 @@
 """Wrong implementations of an operation, one mistake each: the suite must reject every one of them.
 `pytest tests/test_mutants.py` says which check caught which."""
 
+import copy
 import math
 from functools import partial
 from typing import Any
@@ -123,27 +124,28 @@ def unsorted(scores, keep):
 
 def prune_with(choose, features, salience, sparsity, *, scope="frame"):
     if scope == "global":
-        features, salience = features.flatten(0, 1)[None], salience.flatten()[None]
+        return sparsevila.prune(features, salience, sparsity, scope=scope)
     index = choose(salience, sparsity)
-    return kernels.gather_tokens(features, index), index
+    return [x[i] for x, i in zip(features, index)], index
 
 
 def prune_out_of_order(features, salience, sparsity, *, scope="frame"):
     """The index is ascending, the features are not."""
     kept, index = sparsevila.prune(features, salience, sparsity, scope=scope)
-    return kept.flip(1), index
+    return [x.flip(0) for x in kept], index
 
 
 def above_the_quantile(salience, sparsity):
     """What exceeds the quantile, strictly; rows are cut to the shortest."""
     kept = [(row > row.quantile(sparsity)).nonzero()[:, 0] for row in salience]
-    return torch.stack([row[: min(map(len, kept))] for row in kept])
+    return [row[: min(map(len, kept))] for row in kept]
 
 
 def across_frames(salience, sparsity):
-    """The threshold of all frames together, applied as if per frame."""
-    total = salience.sum(0, keepdim=True).expand_as(salience)
-    return select_tokens(total, keep_count(salience.shape[1], sparsity))
+    """The scores of all frames together, applied as if per frame."""
+    least = min(len(row) for row in salience)
+    total = sum(row[:least] for row in salience)
+    return [select_tokens(total, min(keep_count(len(row), sparsity), least)) for row in salience]
 
 
 def gather_int16(x, index):
@@ -400,11 +402,16 @@ class OffByOneTruncate(RetrievalCache):
 class PositionsShifted(SparseVILA):
     """After the pruned tokens, text is numbered one too far."""
 
-    def _context(self, index, n, views):
-        ids, positions, following = super()._context(index, n, views)
-        last = max(i for i, token in enumerate(ids) if token == self.processor.image_token_id)
-        positions[last + 1 :] += 1
-        return ids, positions, following + 1
+    def __init__(self, model, processor, **settings):
+        super().__init__(model, copy.copy(processor), **settings)
+
+        def layout(*arguments):
+            ids, positions, next_position = processor.layout(*arguments)
+            last = max(i for i, token in enumerate(ids) if token == processor.image_token_id)
+            positions[last + 1 :] += 1
+            return ids, positions, next_position + 1
+
+        self.processor.layout = layout
 
 
 class PositionsKept(SparseVILA):
@@ -416,7 +423,7 @@ class PositionsKept(SparseVILA):
 
 class LeastSalient(SparseVILA):
     def prune(self, features, salience):
-        return super().prune(features, -salience)
+        return super().prune(features, [-scores for scores in salience])
 
 
 class SparsityOfAllTokens(SparseVILA):
@@ -453,7 +460,7 @@ class FirstPictureForAll(SparseVILA):
     """Every picture keeps the tokens that are salient in the first."""
 
     def prune(self, features, salience):
-        return super().prune(features, salience[:1].expand_as(salience))
+        return super().prune(features, salience[:1] * len(features))
 
 
 # --- the list -------------------------------------------------------------------------------------

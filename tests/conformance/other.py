@@ -78,10 +78,17 @@ def select_tokens(scores, keep):
 
 
 def prune(features, salience, sparsity, *, scope="frame"):
-    if scope == "global":
-        features, salience = features.reshape(1, -1, features.shape[2]), salience.reshape(1, -1)
-    index = select_tokens(salience, keep_count(salience.shape[1], sparsity))
-    return gather_tokens(features, index), index
+    tokens = [(view, i) for view, scores in enumerate(salience) for i in range(len(scores))]
+    groups = [tokens]
+    if scope == "frame":
+        groups = [[token for token in tokens if token[0] == view] for view in range(len(salience))]
+    index = [[] for _ in salience]
+    for group in groups:
+        order = sorted(group, key=lambda token: (-float(salience[token[0]][token[1]]), token))
+        for view, i in sorted(order[: keep_count(len(group), sparsity)]):
+            index[view].append(i)
+    kept = [x[i] for x, i in zip(features, index)]
+    return kept, [torch.tensor(i, dtype=torch.int64) for i in index]
 
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -124,8 +131,9 @@ class RetrievalCache:
     """Everything in lists; in an answer, the rows that were not retrieved are left out of the
     attention, and nothing is packed."""
 
-    def __init__(self, layers, decode_sparsity=0.9):
-        self.sparsity, self.visual = decode_sparsity, torch.empty(0, dtype=torch.int64)
+    def __init__(self, layers, decode_sparsity=0.9, *, visual=None):
+        self.sparsity = decode_sparsity
+        self.visual = torch.empty(0, dtype=torch.int64) if visual is None else visual
         self.k, self.v = [[] for _ in range(layers)], [[] for _ in range(layers)]
         self.relevance, self.retrieved, self.answering, self.reading = [], [], False, False
 

@@ -19,8 +19,7 @@ def run_cache(
 ) -> dict[str, Tensor]:
     """A RetrievalCache taken through stages (name, rows); an answer is read row by row."""
     layers = len(inputs["context_q"])
-    cache = kind(layers, decode_sparsity)
-    cache.visual = inputs["visual"]
+    cache = kind(layers, decode_sparsity, visual=inputs["visual"])
     results = {}
     for stage, M in stages:
         what, _, turn = stage.partition("_")
@@ -49,14 +48,16 @@ def session(
 ) -> dict[str, Tensor]:
     """A conversation with the tiny model: `kind` is SparseVILA, or a class like it. Every turn is
     forgotten before the next."""
-    from model import load, open_picture
+    from checkpoints import load
+    from checkpoints.processor import open_picture
+    from sparsevila import SparseVILA
 
     model, processor = load(ROOT / "tiny", device=device)
     made = kind(model, processor, **settings)
     images = [open_picture(ROOT / name) for name in pictures]
-    results = {"salience": model.encode(processor.pixels(images))[1]}
+    _, salience = SparseVILA(model, processor).encode(processor.pixels(images))
     made.see(images)
-    results["kept"] = made.kept
+    results = {"salience": torch.stack(salience), "kept": torch.stack(list(made.kept))}
     logits: list[Tensor] = []
     model.lm_head.register_forward_hook(lambda module, inputs, out: logits.append(out.clone()))
     for turn, question in enumerate(questions):
@@ -91,7 +92,9 @@ def results_of(operations: dict[str, Any]) -> dict[str, Tensor]:
         if not isinstance(made, dict):
             made = dict(zip(case["outputs"], made if isinstance(made, tuple) else (made,)))
         for name, place in case["outputs"].items():
-            results[place["tensor"]] = torch.as_tensor(made[name]).contiguous()
+            views = isinstance(made[name], (list, tuple))  # one tensor for each
+            result = torch.stack(list(made[name])) if views else torch.as_tensor(made[name])
+            results[place["tensor"]] = result.contiguous()
     return results
 
 

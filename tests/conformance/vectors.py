@@ -222,7 +222,8 @@ class Float64Session:
     kernels.py is used, and of model.py the layers only."""
 
     def __init__(self, pictures: list[str]):
-        from model import load, open_picture
+        from checkpoints import load
+        from checkpoints.processor import open_picture
 
         vlm, self.processor = load(ROOT / "tiny", device="cpu")
         self.vlm = vlm.double()

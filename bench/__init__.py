@@ -1,0 +1,122 @@
+"""Measurements that a reader can repeat. Every command prints the machine it ran on.
+
+    python -m bench speed                     dense and sparse, stage by stage, end to end
+    python -m bench accuracy                  SparseVILA, other methods and variants, tiny model
+    python -m bench needle                    one glyph in clips of growing length, tiny model
+    python -m bench quantised                 the tiny model's accuracy in four and eight bits
+    python -m bench kernels                   every operation beside naive PyTorch and its bound
+    python -m bench awq                       four-bit products beside the library's
+    python -m bench load                      memory and time of loading 10^9 weights
+    python -m bench make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
+    python -m bench versus FOLDER             our dense decoding beside Hugging Face transformers'
+
+`versus` and `speed --versus transformers` need transformers installed, `--figure` matplotlib. To
+see the stages of a model, dense and sparse, give its folder to `python sparsevila.py --model`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import CPUINFO
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny"
+CPU = torch.device("cpu")
+
+
+def machine(device: torch.device = CPU) -> str:
+    """Processor, cores, the GPU that is used, torch and date, in one line."""
+    name = platform.processor() or platform.machine()
+    if CPUINFO.exists():
+        lines = CPUINFO.read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    if device.type == "cuda":
+        name += f", {torch.cuda.get_device_name(device)}"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
+
+
+def show_progress(done: int, total: int) -> None:
+    """How far a measurement is, on a line of standard error that is written over."""
+    end = "\n" if done == total else ""
+    print(f"\r{done} of {total}", end=end, file=sys.stderr, flush=True)
+
+
+def median_and_range(values: list[float]) -> list[float]:
+    """Median, least and most."""
+    return [statistics.median(values), min(values), max(values)]
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a screen, fonts large enough for a README."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["font.size"] = 13
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def positive(text: str) -> int:
+    """A count given on the command line."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that call `report`."""
+    parser.add_argument("--figure", metavar="FILE", help="draw the result")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def check_figure(file: str | None) -> None:
+    """Raise ValueError, before anything is measured, for a file that cannot be drawn."""
+    if file is None:
+        return
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"no folder to write {file} to")
+    formats = pyplot().figure().canvas.get_supported_filetypes()
+    if Path(file).suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"--figure must end in one of {', '.join(formats)}, got {file}")
+
+
+def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Namespace) -> None:
+    """Print a result, then its JSON, and draw it, if asked."""
+    try:
+        show(result)
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+    finally:  # even if nobody reads on
+        if arguments.figure:
+            draw(result, arguments.figure)
+
+
+class Stopwatch:
+    """Milliseconds per stage; `lap` ends one and begins the next, when the GPU has caught up."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.milliseconds = device, {}
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        now = self._now()
+        self.milliseconds[stage] = 1000 * (now - self.last)
+        self.last = now

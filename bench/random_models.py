@@ -1,0 +1,310 @@
+"""Models of random weights in the shapes of real ones, in memory and on disk, and prompts for them.
+
+Times depend on shapes, not on what the weights say. Axes as in model.py.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+import awq
+from checkpoints import llava, open_folder
+from checkpoints.processor import Processor, View
+from checkpoints.weights import hub_names, translate
+from model import VLM, Config, TextConfig, VisionConfig
+
+# --- in memory ------------------------------------------------------------------------------------
+
+
+class Preset(NamedTuple):
+    """A decoder, a vision tower and a clip in a real model's shape, all of random weights."""
+
+    config: Config
+    pictures: int  # frames, or tiles of pictures
+    tokens: int = 0  # visual tokens of a picture whose tower is not one of ours, and is left out
+
+
+def _qwen2(**sizes: Any) -> TextConfig:
+    common = TextConfig(vocab=152064, layers=28, rope_theta=1e6, qkv_bias=True)
+    return replace(common, **{"max_positions": 2**20} | sizes)
+
+
+_SIGLIP_SO400M = VisionConfig(
+    width=1152, mlp=4304, layers=27, heads=16, image_size=384, patch_size=14,
+    activation="gelu_pytorch_tanh", eps=1e-6, class_token=False,
+)  # fmt: skip
+_VILA_TOWER = replace(_SIGLIP_SO400M, merge=2, merge_by_columns=True)
+_QWEN2_7B = _qwen2(width=3584, mlp=18944, heads=28, kv_heads=4)
+PRESETS = {
+    # 256 frames of 27 x 27 patches, 2 x 2 merged: 50,176 visual tokens
+    "longvila-7b": Preset(Config(_VILA_TOWER, _QWEN2_7B, projector="mlp_downsample"), 256),
+    "longvila-1.5b": Preset(
+        Config(
+            _VILA_TOWER,
+            _qwen2(vocab=151936, width=1536, mlp=8960, heads=12, kv_heads=2, tied=True),
+            projector="mlp_downsample",
+        ),
+        256,
+    ),
+    # the whole and four tiles: 2,880 visual tokens
+    "llava-next-7b": Preset(
+        Config(
+            VisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14),
+            TextConfig(vocab=32064, eps=1e-5, max_positions=2**20),
+        ),
+        5,
+    ),
+    # one picture of 1920 x 1080; the tower is never called
+    "qwen2.5-vl-7b": Preset(
+        Config(replace(_SIGLIP_SO400M, layers=1, feature_layer=-1), _QWEN2_7B), 1, tokens=2691
+    ),
+    # the whole and sixteen tiles: 1,088 visual tokens
+    "smolvlm-256m": Preset(
+        Config(
+            VisionConfig(
+                768, 3072, 12, 12, image_size=512, patch_size=16, activation="gelu_pytorch_tanh",
+                eps=1e-6, feature_layer=-1, class_token=False, last_norm=True, merge=4,
+            ),
+            TextConfig(
+                vocab=49280, width=576, mlp=1536, layers=30, heads=9, kv_heads=3, head_dim=64,
+                max_positions=2**20,
+            ),
+            projector="linear",
+        ),
+        17,
+    ),
+    # small enough for two cores, long enough to mean something: 64 frames, 16,384 visual tokens
+    "laptop": Preset(
+        Config(
+            VisionConfig(
+                384, 1536, 6, 6, image_size=224, patch_size=14, activation="gelu_pytorch_tanh",
+                eps=1e-6, feature_layer=-1, class_token=False,
+            ),
+            TextConfig(
+                vocab=8192, width=512, mlp=1408, layers=8, heads=8, kv_heads=4, head_dim=64,
+                max_positions=2**20,
+            ),
+        ),
+        64,
+    ),
+}  # fmt: skip
+TEXT_TOKENS = 16  # before the pictures
+QUESTION_TOKENS = 32
+
+
+def random_model(
+    config: Config, device: torch.device, dtype: torch.dtype, *, quantised: bool = False
+) -> VLM:
+    """Weights of size 1 / sqrt(inputs), norms of 1, biases of 0: finite at any depth.
+
+    quantised: the decoder's blocks are rounded to four bits and the tower's to eight, as awq.py
+    would leave them (which numbers are in the weights makes no difference to the time), each as
+    soon as it is made: the whole model is never there in full precision.
+    """
+    with torch.device("meta"):
+        model = VLM(config)
+    model = model.to(dtype).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def fill(part: torch.nn.Module) -> None:
+        for module in part.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device=device, recurse=False)
+                for name, weight in module.named_parameters(recurse=False):
+                    if weight.dim() > 1:
+                        weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
+                    else:  # of a norm, or a bias
+                        weight.fill_(float(name == "weight"))
+
+    for blocks, rounded in (
+        (model.decoder.layers, four_bits),
+        (model.vision_tower.layers, awq.W8A8Linear.from_linear),
+    ):
+        for block in blocks:
+            fill(block)
+            if quantised:
+                awq.replace_linears(block, rounded)
+    fill(model)
+    if config.text.tied:  # which `to_empty` undoes
+        model.lm_head.weight = model.decoder.embed_tokens.weight
+    return model
+
+
+def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
+    """A decoder's linear layer in four bits."""
+    return awq.W4A16Linear.from_linear(linear, math.gcd(128, linear.in_features))
+
+
+def check_memory(
+    config: Config, dtype: torch.dtype, pictures: int, n: int, quantised: bool
+) -> None:
+    """Raise ValueError if less is free than a dense run on a CPU needs at least: weights, pixels,
+    keys and values of that many pictures of n tokens each, and the activations of one block."""
+    with torch.device("meta"):
+        model = VLM(config)
+    text, size, S = config.text, dtype.itemsize, config.vision.image_size
+    blocks = {p for p in model.decoder.layers.parameters() if p.dim() > 1}
+    rounded = {p for p in model.vision_tower.layers.parameters() if p.dim() > 1}
+    row = 2 * text.layers * text.kv_heads * text.head_dim + 2 * text.mlp
+    needed = pictures * (4 * 3 * S * S + n * size * row)  # pixels are in float32
+    for weight in model.parameters():
+        share = 0.5 / size if weight in blocks else 1 / size if weight in rounded else 1
+        needed += weight.numel() * size * (share if quantised else 1)
+    meminfo = Path("/proc/meminfo")  # Linux
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    free = [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    if free and needed > free[0]:
+        raise ValueError(
+            f"this needs at least {needed / 1e9:.1f} GB, {free[0] / 1e9:.1f} GB are free: choose a "
+            "smaller --preset or --visual-tokens, or --quantised, --dtype or --device"
+        )
+
+
+class NoiseProcessor(Processor):
+    """What a session needs of a processor: noise for pictures, prompts of fixed length."""
+
+    def __init__(self, config: Config, pictures: int):
+        S = config.vision.image_size
+        noise = torch.Generator().manual_seed(1)
+        self.noise = torch.randn(pictures, 3, S, S, generator=noise)
+        self.config, self.image_token_id = config, config.image_token_id
+
+    def views(self, pictures: list, fps: float | None = None) -> list[View]:
+        return [View(picture, number) for number, picture in enumerate(pictures)]
+
+    def pixels(self, views: list[View]) -> Tensor:
+        return self.noise
+
+    def context(self, counts: list[int], views: list[View] | None = None) -> list[int]:
+        return [*range(1, TEXT_TOKENS + 1), *[self.image_token_id] * sum(counts)]
+
+    def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
+        return list(range(100, 100 + QUESTION_TOKENS))
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+SMOLVLM_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
+SMOLVLM_ADDED = [  # from id 49152 on
+    "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
+    "<fake_token_around_image>", "<image>", *(f"<reserved_{n}>" for n in range(88)),
+    "<end_of_utterance>",
+]  # fmt: skip
+# Sizes of HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM-500M-Instruct.
+SMOLVLM_TEXT = {
+    "smolvlm-256m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "smolvlm-500m": {
+        "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+        "num_attention_heads": 15, "num_key_value_heads": 5,
+    },
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench make`."""
+    parser.add_argument("preset", choices=SMOLVLM_TEXT)
+    parser.add_argument("folder", type=Path, help="to make")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the checkpoint."""
+    make(arguments.preset, arguments.folder)
+
+
+def make(preset: str, folder: Path, seed: int = 0) -> None:
+    """Write a SmolVLM of random weights, in float32, with a tokenizer of single bytes. Raises:
+    OSError for a folder that is there or cannot be made."""
+    folder.mkdir()
+    text = SMOLVLM_TEXT[preset] | {
+        "model_type": "llama", "vocab_size": 49280, "rms_norm_eps": 1e-5, "rope_theta": 100000,
+        "head_dim": 64, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    vision = {
+        "model_type": "idefics3", "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
+    }  # fmt: skip
+    files = {
+        "config.json": {
+            "model_type": "idefics3", "image_token_id": 49190, "scale_factor": 4,
+            "torch_dtype": "float32", "text_config": text, "vision_config": vision,
+        },
+        "generation_config.json": {"eos_token_id": 49279},
+        "preprocessor_config.json": {
+            "size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512},
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(seed)
+    family, read = open_folder(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in VLM(family.config(read)).named_parameters()}
+    # One by one, with weights of size 1 / sqrt(inputs), norms of 1 and biases of 0.
+    tensors, names = {}, hub_names(family.NAMES)
+    for name, shape in shapes.items():
+        if len(shape) > 1:
+            weight = torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
+        else:
+            weight = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+        tensors[translate(name, names)] = weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte is a token; the special tokens have SmolVLM's ids, unused words those between."""
+    words = [*SMOLVLM_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"<unused_{n}>" for n in range(49152 - len(words))]
+    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*SMOLVLM_TOKENS, *SMOLVLM_ADDED])
+    return tokenizer
+
+
+def write_large_checkpoint(folder: Path, shards: int = 4) -> int:
+    """A LLaVA of about 10^9 float16 weights in several shards; its bytes."""
+    vision = VisionConfig(width=64, mlp=128, layers=2, heads=4, image_size=32, patch_size=8)
+    text = TextConfig(width=2048, mlp=5632, layers=18, heads=16, kv_heads=16)
+    with torch.device("meta"):
+        model = VLM(Config(vision, text))
+    config = {
+        "model_type": "llava", "torch_dtype": "float16", "image_token_index": 31999,
+        "vision_config": {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+        },
+        "text_config": {
+            "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18,
+            "num_attention_heads": 16,
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    names = hub_names(llava.NAMES)
+    tensors = {translate(name, names): p.shape for name, p in model.named_parameters()}
+    weight_map, total = {}, 0
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        chosen = dict(list(tensors.items())[number::shards])
+        values = {name: torch.ones(shape, dtype=torch.float16) for name, shape in chosen.items()}
+        save_file(values, folder / file)
+        weight_map |= dict.fromkeys(values, file)
+        total += sum(value.nbytes for value in values.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total

@@ -1,0 +1,508 @@
+"""`python -m bench speed`: dense and sparse sessions on one random model, stage by stage.
+
+Speed-ups are ratios of medians over runs in turn. The bound of a decoding step is the time to read
+its weights and its rows of the KV cache, at the bandwidth that is measured after every round.
+"""
+
+import argparse
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import sparsevila
+from checkpoints.weights import usable_device
+from kernels import decode_attention
+from model import VLM, KVCache
+from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
+
+from . import (
+    Stopwatch,
+    add_report_arguments,
+    check_figure,
+    machine,
+    median_and_range,
+    positive,
+    pyplot,
+    report,
+    show_progress,
+)
+from .load import peak_resident
+from .random_models import (
+    PRESETS,
+    QUESTION_TOKENS,
+    TEXT_TOKENS,
+    NoiseProcessor,
+    check_memory,
+    random_model,
+)
+from .versus import Transformers
+
+# What is measured in a run, in the order of the data; milliseconds.
+STAGES = ("vision", "salience", "prune", "prefill", "question", "scoring", "packing", "decode")
+
+
+SPEEDUPS = {  # of which stages together
+    "prefill": ("salience", "prune", "prefill"),
+    "decode": ("scoring", "packing", "decode"),
+    "first_token": ("first token",),
+    "end_to_end": ("end to end",),
+}
+BEFORE_DECODING = {  # the tower's work is the same, dense and sparse
+    "first_question": ("salience", "prune", "prefill", "question", "scoring", "packing"),
+    "later_questions": ("question", "scoring", "packing"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--visual-tokens", type=positive, metavar="N", help="in whole pictures")
+    parser.add_argument("--answer-tokens", type=positive, default=128, metavar="N")
+    parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
+    parser.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
+    parser.add_argument("--quantised", action="store_true", help="four-bit decoder, int8 tower")
+    parser.add_argument(
+        "--eager", action="store_true", help="on a CPU: decode without torch.compile"
+    )
+    parser.add_argument("--runs", type=positive, default=5, help="of each, in turn (default: 5)")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"],
+        help="default: float32 on a CPU, float16 on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--versus", choices=["transformers"], help="beside Hugging Face's dense decoder"
+    )
+    add_report_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and report."""
+    check_figure(arguments.figure)
+    report(speed(arguments), print_speed, draw_speed, arguments)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def speed(arguments: argparse.Namespace) -> dict:
+    """Dense and sparse in turn on one random model: the figures of `python bench.py speed`. Raises:
+    ValueError for options that mean nothing, or a model that does not fit."""
+    config, pictures, tokens_each = PRESETS[arguments.preset]
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
+    sparsity = ("prefill_sparsity", "decode_sparsity")
+    settings = {name: getattr(arguments, name) for name in sparsity}
+    n = tokens_each or config.vision.visual_tokens
+    pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
+    check_speed(arguments, settings, device, TEXT_TOKENS + pictures * n)
+    device = usable_device(device)
+    if device.type == "cpu":
+        check_memory(config, dtype, pictures, n, arguments.quantised)
+    script = NoiseProcessor(config, pictures)
+    model = random_model(replace(config, stop_ids=()), device, dtype, quantised=arguments.quantised)
+    decoding = "CUDA graph" if device.type == "cuda" else compile_decoding(model, arguments.eager)
+
+    def new_session(kind: type[SparseVILA]) -> SparseVILA:
+        session = kind(model, script, **settings)
+        return leave_out_tower(session, pictures, n) if tokens_each else session
+
+    theirs = None
+    if arguments.versus:
+        features, _ = new_session(Dense).encode(script.pixels([]))
+        theirs = Transformers(model, script, features)
+    kinds = {"dense": Dense, "sparse": SparseVILA}
+    rounds: list[dict[str, dict]] = []
+    bandwidths = []
+    for number in range(arguments.runs + 1):
+        tokens = arguments.answer_tokens if number else 2  # the first round warms up
+        runs, made = {}, {}
+        for name in list(kinds)[:: -1 if number % 2 else 1]:  # neither is always first
+            runs[name], made[name] = run_once(new_session(kinds[name]), pictures, tokens)
+        rounds.append(runs)
+        bandwidths.append(read_bandwidth(device))
+        if theirs:
+            theirs.run(made["dense"])
+        show_progress(number, arguments.runs)
+    result = {
+        "machine": machine(device), "preset": arguments.preset, "precision": model.precision,
+        "decoding": decoding, "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
+        "answer_tokens": arguments.answer_tokens, "runs": arguments.runs, "tower": not tokens_each,
+        **settings,
+    }  # fmt: skip
+    if decoding == "torch.compile":  # when the first round decodes
+        result["compile_seconds"] = sum(run["decode"] for run in rounds[0].values()) / 1000
+    weights = decoder_bytes(model)
+    result |= summarise(rounds[1:], arguments.answer_tokens, weights, bandwidths[1:])
+    return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
+
+
+def check_speed(
+    arguments: argparse.Namespace, settings: dict, device: torch.device, context: int
+) -> None:
+    """Raise ValueError or ImportError, before anything is made, for options that mean nothing."""
+    for name, sparsity in settings.items():
+        check_sparsity(name, sparsity)
+    if arguments.answer_tokens < 2:
+        raise ValueError("--answer-tokens must be at least 2, for there to be a decoding step")
+    rows = context + QUESTION_TOKENS + arguments.answer_tokens
+    most = PRESETS[arguments.preset].config.text.max_positions
+    if rows > most:
+        raise ValueError(f"context, question and answer are {rows:,} tokens, at most {most:,} fit")
+    if arguments.eager and device.type == "cuda":
+        raise ValueError("--eager is for a CPU: a GPU decodes by a CUDA graph")
+    if arguments.versus and arguments.quantised:
+        raise ValueError("--versus compares weights that are not quantised: leave out --quantised")
+    if arguments.versus:
+        importlib.import_module(arguments.versus)
+
+
+def compile_decoding(model: VLM, eager: bool) -> str:
+    """Compile the decoding of the model unless `eager`, or in vain; how it decodes."""
+    if eager:
+        return "eager"
+    try:
+        model.compile_decoding()
+    except RuntimeError as error:
+        return f"eager ({error})"
+    return "torch.compile"
+
+
+def leave_out_tower(session: SparseVILA, pictures: int, n: int) -> SparseVILA:
+    """Let the session's `encode` give noise for n visual tokens a picture, in no time."""
+    model = session.model
+    width = model.config.vision.merge**2 * model.config.vision.width
+    new = {"device": model.device, "generator": torch.Generator(model.device).manual_seed(2)}
+    features = torch.randn(pictures, n, width, dtype=model.dtype, **new)
+    salience = torch.rand(pictures, n, **new)
+    session.encode = lambda pixels: (list(features), list(salience))
+    return session
+
+
+def run_once(session: SparseVILA, pictures: int, tokens: int) -> tuple[dict[str, float], list[int]]:
+    """One clip, one question and its answer: milliseconds by stage, bytes of keys and values, peak
+    of memory in bytes; and the tokens of the answer."""
+    device, blank = session.model.device, Image.new("RGB", (1, 1))
+    graph = device.type == "cuda"
+    reset_peak(device)
+    with (
+        timed(sparsevila, "patch_salience", device) as salience,
+        timed(RetrievalCache, "score", device) as scoring,
+    ):
+        session.see([blank] * pictures)
+        answer = session.ask("?", max_new_tokens=1 if graph else tokens)
+    laps, cache = session.stats["milliseconds"] | answer.timings, session.cache
+    made = answer.token_ids
+    if graph:
+        rest, milliseconds = decode_statically(session.model, cache, made[0], tokens - 1)
+        made, laps["decode"] = made + rest, laps["decode"] + milliseconds
+    laps["vision"] -= sum(salience)
+    laps["question"] -= sum(scoring)
+    laps |= {"salience": sum(salience), "scoring": sum(scoring), "packing": laps["retrieve"]}
+    run = {stage: laps[stage] for stage in STAGES}
+    run["end to end"] = sum(run.values())
+    run["first token"] = run["end to end"] - run["decode"]
+    buffers = [*cache.k, *cache.v]
+    row = sum(buffer[:, :, 0].nbytes for buffer in buffers)
+    run["bytes attended"] = answer.kv_bytes_per_token + row * tokens / 2  # each row is read too
+    if isinstance(cache, RetrievalCache):
+        buffers += [*cache.packed.k, *cache.packed.v]
+    run["bytes held"] = sum(buffer.nbytes for buffer in buffers)
+    return run | {"peak bytes": peak(device)}, made
+
+
+@contextmanager
+def timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
+    """While open, every call of owner.name adds its milliseconds to a list."""
+    function, times = getattr(owner, name), []
+
+    def measured(*arguments, **options):
+        watch = Stopwatch(device)
+        result = function(*arguments, **options)
+        watch.lap("call")
+        times.append(watch.milliseconds["call"])
+        return result
+
+    setattr(owner, name, measured)
+    try:
+        yield times
+    finally:
+        setattr(owner, name, function)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to watch the peak of memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
+
+
+def peak(device: torch.device) -> int:
+    """Bytes that were in use at most: allocated on a GPU, resident on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per millisecond at which a large tensor is read and added up: the best of a few."""
+    big = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
+    watch, times = Stopwatch(device), []
+    for _ in range(6):
+        big.sum()
+        watch.lap("sum")
+        times.append(watch.milliseconds["sum"])
+    return big.nbytes / min(times)
+
+
+def decoder_bytes(model: VLM) -> int:
+    """Bytes of all weights that a decoding step reads: blocks, last norm and output head."""
+    parts = (model.decoder.layers, model.decoder.norm, model.lm_head)
+    tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    return sum(t.nbytes for t in tensors)
+
+
+# --- decoding by a CUDA graph ---------------------------------------------------------------------
+
+
+def decode_statically(
+    model: VLM, cache: KVCache, first: int, steps: int
+) -> tuple[list[int], float]:
+    """The tokens after the first and the milliseconds they take, by a CUDA graph on a GPU. To
+    capture it is not counted: a session could pack into the same buffer for every question."""
+    static = StaticStep(model, cache, first, steps + 2)
+    step = static
+    if model.device.type == "cuda":
+        with torch.cuda.device(model.device):
+            step = static.captured()
+    made, watch = [], Stopwatch(model.device)
+    for _ in range(steps):
+        step()
+        made.append(static.token.clone())
+    watch.lap("decode")
+    return torch.cat(made).tolist(), watch.milliseconds["decode"]
+
+
+class StaticStep:
+    """A decoding step that a CUDA graph can replay: all that changes, the token, its position and
+    the rows to write, is in tensors on the device. Continues a session's cache, greedily."""
+
+    def __init__(self, model: VLM, cache: KVCache, first: int, steps: int):
+        self.model = model
+        self.caches = [cache, cache.packed] if isinstance(cache, RetrievalCache) else [cache]
+        new = {"device": model.device, "dtype": torch.int64}
+        self.rows = [torch.tensor([each.length], **new) for each in self.caches]
+        self.position = torch.tensor([cache.next_position], **new)
+        self.token = torch.tensor([first], **new)
+        self.state = [self.token, self.position, *self.rows]
+        for each in self.caches:
+            for layer, length in enumerate(each.filled):  # make room for the rows to come
+                k, v = (
+                    b[:, :, :1].expand(-1, -1, steps, -1) for b in (each.k[layer], each.v[layer])
+                )
+                each.append(layer, k, v)
+                each.filled[layer] = length
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write one row into every cache; attention over the last of them."""
+        for cache, row in zip(self.caches, self.rows):
+            cache.k[layer].index_copy_(2, row, k)
+            cache.v[layer].index_copy_(2, row, v)
+        length = self.rows[-1][0] + 1
+        return decode_attention(q, cache.k[layer], cache.v[layer], length=length)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        embedding = self.model.decoder.embed_tokens(self.token)[None]
+        hidden = self.model.decoder(embedding, self.position, self.attend)
+        self.token.copy_(self.model.lm_head(hidden[0, -1]).argmax())
+        for rows in (self.position, *self.rows):
+            rows += 1
+
+    def captured(self) -> Callable[[], None]:
+        """The step as a CUDA graph."""
+        start = [tensor.clone() for tensor in self.state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled before the capture
+            self()
+            self()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        for tensor, value in zip(self.state, start):
+            tensor.copy_(value)
+        return graph.replay
+
+
+# --- what follows from the runs -------------------------------------------------------------------
+
+
+def summarise(
+    rounds: list[dict[str, dict]], tokens: int, weights: int, bandwidths: list[float]
+) -> dict:
+    """Medians with the least and the most, and what follows from the medians; of ratios and of the
+    bound's share also the least and the most of a round. rounds: a dense and a sparse run each;
+    weights: bytes; bandwidths: bytes per millisecond, after each round."""
+    spread = {
+        name: {
+            key: median_and_range([runs[name][key] for runs in rounds]) for key in rounds[0][name]
+        }
+        for name in ("dense", "sparse")
+    }
+    dense, sparse = ({key: value[0] for key, value in each.items()} for each in spread.values())
+    bandwidth, least, most = median_and_range(bandwidths)
+
+    def bound(run: dict, rate: float) -> float:
+        return (weights + run["bytes attended"]) / rate
+
+    def reached(run: dict, rate: float) -> float:
+        return bound(run, rate) / (run["decode"] / (tokens - 1))
+
+    for name, one in (("dense", dense), ("sparse", sparse)):
+        one["decode a token"] = one["decode"] / (tokens - 1)
+        one["bound"], one["reached"] = bound(one, bandwidth), reached(one, bandwidth)
+        shares = [reached(runs[name], rate) for runs, rate in zip(rounds, bandwidths)]
+        one["reached_range"] = [min(shares), max(shares)]
+    saved = dense["decode a token"] - sparse["decode a token"]
+    result = {
+        "read_bandwidth_gb_per_s": bandwidth / 1e6,
+        "read_bandwidth_range_gb_per_s": [least / 1e6, most / 1e6],
+        "decoder_weight_bytes": weights, "milliseconds_and_bytes": spread, "dense": dense,
+        "sparse": sparse,
+    }  # fmt: skip
+    for name, stages in SPEEDUPS.items():
+        result[f"{name}_speedup"] = _ratio(dense, sparse, stages)
+        ratios = [_ratio(runs["dense"], runs["sparse"], stages) for runs in rounds]
+        result[f"{name}_speedup_range"] = [min(ratios), max(ratios)]
+    for which, stages in BEFORE_DECODING.items():
+        cost = sum(sparse[stage] - dense[stage] for stage in stages)
+        start, stop = break_even(cost, saved)
+        result[f"break_even_tokens_{which}"], result[f"pays_up_to_tokens_{which}"] = start, stop
+    return result
+
+
+def break_even(cost: float, saved: float) -> tuple[float | None, float | None]:
+    """Lengths of an answer, in tokens, from which on and up to which sparsity saves time, if it
+    costs this much before decoding and saves that much in every step (either may be negative); the
+    first token takes no step. (None, None): at no length; (x, None): from x on."""
+    if cost > 0:
+        return 1 + cost / saved if saved > 0 else None, None
+    return 1.0, 1 + cost / saved if saved < 0 else None
+
+
+def _ratio(dense: dict, sparse: dict, stages: tuple[str, ...]) -> float:
+    return sum(dense[stage] for stage in stages) / sum(sparse[stage] for stage in stages)
+
+
+def print_speed(result: dict) -> None:
+    """A table of the stages, and what follows from it."""
+    print(result["machine"])
+    print(
+        f"{result['preset']}, {result['precision']}, {result['visual_tokens']:,} visual tokens, "
+        f"question of {result['question_tokens']}, answer of {result['answer_tokens']}; sparsity "
+        f"{result['prefill_sparsity']:.0%} / {result['decode_sparsity']:.0%}; decoding: "
+        f"{result['decoding']}; medians of {result['runs']} runs in turn (least to most)\n"
+    )
+    if not result["tower"]:
+        print("without a vision tower: this model's is not one of ours\n")
+    _print_stages(result)
+    _print_ratios(result)
+    if "transformers" in result:
+        theirs = result["transformers"]
+        print(
+            f"transformers {theirs['version']}, dense decoder: first token "
+            f"{theirs['first_token_ms']:,.1f} ms, {theirs['first_token_ratio']:.2f} x ours, then "
+            f"{theirs['decode_ms_a_token']:.2f} ms a token, {theirs['decode_ratio']:.2f} x ours; "
+            f"same tokens: {theirs['same_tokens']}"
+            + (" (theirs without a CUDA graph)" if result["decoding"] == "CUDA graph" else "")
+        )
+
+
+def _print_stages(result: dict) -> None:
+    dense, sparse = result["dense"], result["sparse"]
+
+    def cell(name: str, key: str) -> str:
+        middle, least, most = result["milliseconds_and_bytes"][name][key]
+        return f"{middle:,.1f} ({least:,.1f} to {most:,.1f})"
+
+    def line(label: str, dense: str, sparse: str) -> None:
+        print(f"{label:36}{dense:>32}{sparse:>32}")
+
+    line("", "dense", "sparse")
+    for stage in (*STAGES, "first token", "end to end"):
+        line(f"{stage}, ms", *(cell(name, stage) for name in ("dense", "sparse")))
+    for label, key in (
+        ("KV read a token, MB", "bytes attended"), ("KV held, MB", "bytes held"),
+        ("peak memory, MB", "peak bytes"),
+    ):  # fmt: skip
+        line(label, *(f"{one[key] / 1e6:,.1f}" for one in (dense, sparse)))
+    for label, key in (("decode, ms a token", "decode a token"), ("  its bound, ms", "bound")):
+        line(label, *(f"{one[key]:.2f}" for one in (dense, sparse)))
+    shares = ((one["reached"], *one["reached_range"]) for one in (dense, sparse))
+    line("  bound reached", *("{:.0%} ({:.0%} to {:.0%})".format(*share) for share in shares))
+
+
+def _print_ratios(result: dict) -> None:
+    least, most = result["read_bandwidth_range_gb_per_s"]
+    print(
+        f"\nbound: decoder weights ({result['decoder_weight_bytes'] / 1e6:.0f} MB) and KV read, at "
+        f"{result['read_bandwidth_gb_per_s']:.1f} GB/s, measured after every round "
+        f"({least:.1f} to {most:.1f})"
+    )
+    if "compile_seconds" in result:
+        print(f"compiling, once, in none of the stages: {result['compile_seconds']:.1f} s")
+
+    def times(name: str) -> str:
+        least, most = result[f"{name}_speedup_range"]
+        return f"{result[f'{name}_speedup']:.2f} x ({least:.2f} to {most:.2f})"
+
+    print(
+        f"prefill {times('prefill')}, with salience and prune; decode {times('decode')}, with "
+        f"scoring and packing; first token {times('first_token')}; end to end "
+        f"{times('end_to_end')}"
+    )
+    for which in BEFORE_DECODING:
+        start, stop = result[f"break_even_tokens_{which}"], result[f"pays_up_to_tokens_{which}"]
+        if start is None:
+            text = "at no length"
+        elif stop is not None:
+            text = f"up to {math.floor(stop)} tokens"
+        else:
+            text = f"from {math.ceil(start)} tokens on" if start > 1 else "at any length"
+        print(f"break-even length of an answer, {which.replace('_', ' ')}: sparsity pays {text}")
+
+
+def draw_speed(result: dict, file: str) -> None:
+    """Seconds by stage, dense above sparse; short ones are to be read in the legend."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(10, 3.6))
+    hatches, left = ("", "//", "..", "\\\\", "xx", "++", "oo", "--"), {"dense": 0.0, "sparse": 0.0}
+    for stage, hatch, shade in zip(STAGES, hatches, range(len(STAGES))):
+        seconds = {name: result[name][stage] / 1000 for name in left}
+        for name, width in seconds.items():
+            label = f"{stage}: {seconds['dense']:.2f}, {seconds['sparse']:.2f} s"
+            axes.barh(
+                name, width, left=left[name], hatch=hatch, edgecolor="black", height=0.6,
+                color=str(0.95 - 0.08 * shade), label=label if name == "dense" else None,
+            )  # fmt: skip
+            left[name] += width
+    for name, end in left.items():
+        axes.text(end, name, f" {end:.1f} s", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(left.values()))
+    axes.set_xlabel(f"seconds, {result['preset']}, {result['visual_tokens']:,} visual tokens")
+    axes.legend(
+        title="stage: dense, sparse", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1),
+        frameon=False,
+    )  # fmt: skip
+    figure.savefig(file, dpi=110, bbox_inches="tight")

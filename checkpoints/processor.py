@@ -1,0 +1,516 @@
+"""Pictures to pixels, text to token ids: what families share.
+
+    pictures --views--> views --pixels--> pixels of every view
+    views, what was kept --layout--> token ids of the context, their positions
+    question --question--> token ids                 token ids --decode--> text
+
+`Processor` is the base of every family's own. It shows every picture whole, squeezed into a square,
+and makes all text from one template, so that in text many families differ by a string alone.
+
+Axes: S edge of a view, n visual tokens of a view, K kept of them, T tokens of the context.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageMath, ImageOps, ImageSequence, UnidentifiedImageError
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from model import Config
+
+from . import values
+from .values import Folder
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+class View(NamedTuple):
+    """What the vision tower sees at once: a picture, or a tile of one."""
+
+    picture: Image.Image  # S x S
+    number: int = 0  # of the picture among all that are shown
+    rows: int = 0  # of tiles in that picture; 0 if it is not cut
+    columns: int = 0  # likewise
+    row: int = 0  # of this tile, from 1; 0 if this is the whole picture
+    column: int = 0  # likewise
+    second: float | None = None  # of a frame: when it comes in its clip
+    duration: float | None = None  # of the clip, in seconds
+
+
+class Layout(NamedTuple):
+    """The prompt before the first question."""
+
+    ids: list[int]  # a placeholder for every kept visual token
+    positions: Tensor  # (T,) rotary positions of the ids, or (3, T) for M-RoPE
+    next_position: int  # of the question
+
+
+class Processor:
+    """Pictures to pixels and text to token ids; the families' own are subclasses.
+
+    Text from users is encoded by a tokenizer that knows no special tokens: "<image>" or "</s>" in a
+    question is text, never a command.
+
+    A template is a conversation of two turns: {image} stands for all pictures, {question} for a
+    question, {answer} for the generated text without its stop token. Special tokens are written as
+    text.
+
+    Args:
+        tokenizer: of the family.
+        config: of the model.
+        settings: of preprocessor_config.json, and of config.json what the family keeps there.
+        template, frame: in place of the family's.
+
+    Raises: ValueError for settings, templates and tokenizers that do not fit.
+    """
+
+    # What a family sets: its prompt, and the defaults and spellings of its settings.
+    template: str  # the family's prompt
+    frame = "{image}"  # one of several pictures; {n} counts from 1
+    default_resample, default_mean, default_std = 3, CLIP_MEAN, CLIP_STD  # 3: bicubic
+    required_steps: tuple[
+        str, ...
+    ] = ()  # settings that must be true, besides those of all families
+    size_key = "size"  # the setting that holds the edge of a view
+    picture_tokens: list[str] = []  # special tokens that pictures need
+    config_keys: tuple[str, ...] = ()  # of config.json, that belong to the settings
+    end_of_view: tuple[int, ...] = ()  # token ids that follow the visual tokens of every view
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: Config,
+        settings: dict,
+        template: str | None = None,
+        frame: str | None = None,
+    ):
+        # 1. Text: the tokenizer, the prompt, and the special tokens that the prompt needs.
+        self.config, self.image_token_id = config, config.image_token_id
+        self._read_tokenizer(tokenizer)
+        self.set_template(self.template if template is None else template)
+        # (A template of the user's own may write other tokens.)
+        for token in self.picture_tokens + re.findall(
+            r"<[^<>\s]+>", "" if template else self.template
+        ):
+            if token not in self._added:
+                raise ValueError(
+                    f"the tokenizer has no special token {token!r}, which the family's prompt needs"
+                )
+        self.frame = self.frame if frame is None else frame
+        if not isinstance(self.frame, str) or self.frame.count("{image}") != 1:
+            raise ValueError(f"the text of a frame must hold one {{image}}, got {frame!r}")
+
+        # 2. Pictures: how they are resized and normalised; a step that is switched off is refused.
+        for step in ("do_resize", "do_rescale", "do_normalize", *self.required_steps):
+            values.switched_on(settings, step)
+        self.resample = Image.Resampling(values.resample(settings, self.default_resample))
+        self.rescale = values.number(settings, "rescale_factor", 1 / 255)
+        self.mean = values.per_channel(settings, "image_mean", self.default_mean)
+        self.std = values.per_channel(settings, "image_std", self.default_std)
+        self.read_settings(settings)
+        if self.image_size != config.vision.image_size:
+            raise ValueError(
+                f"{self.size_key} must be the tower's image_size {config.vision.image_size}, "
+                f"got {self.image_size}"
+            )
+
+    @classmethod
+    def from_folder(
+        cls, folder: Folder, config: Config, template: str | None = None
+    ) -> "Processor":
+        """The processor of a checkpoint. A `prompt` object in config.json may hold `template` and
+        `frame` as well. Raises: FileNotFoundError and ValueError, naming what was found."""
+        texts = values.prompt_texts(folder) | ({} if template is None else {"template": template})
+        settings = picture_settings(folder)
+        settings |= {key: folder.config[key] for key in cls.config_keys if key in folder.config}
+        try:
+            return cls(read_tokenizer(folder), config, settings, **texts)
+        except ValueError as error:
+            raise ValueError(f"{folder.path}: {error}") from None
+
+    def read_settings(self, settings: dict) -> None:
+        """The family's own settings, and `image_size`, the edge of a view."""
+        self.image_size = values.edge(settings, self.size_key, {"height", "width"})
+
+    # --- pictures
+
+    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
+        """What the model sees of upright RGB pictures, in order.
+
+        fps: None for separate pictures; for the frames of a clip, how many there are in a second. A
+        family may then take some of the frames. A family that knows no clips takes all as pictures.
+        """
+        size = (self.image_size, self.image_size)
+        return [
+            View(picture.resize(size, self.resample), number)
+            for number, picture in enumerate(pictures)
+        ]
+
+    def pixels(self, pictures: list[Image.Image] | list[View]) -> Tensor | list[Tensor]:
+        """Pictures, or their views -> (views, 3, S, S) float32, scaled and normalised per channel;
+        where views differ in size, one tensor for each."""
+        views = pictures if isinstance(pictures[0], View) else self.views(pictures)
+        pixels = [self._normalise(view.picture) for view in views]
+        return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+
+    def _normalise(self, image: Image.Image) -> Tensor:
+        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        x = raw.view(image.height, image.width, 3).permute(2, 0, 1)
+        return ((x.double() * self.rescale).float() - self.mean) / self.std
+
+    def token_boxes(self, view: View, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+        """Where each visual token of a view lies in its picture, drawn width x height pixels large:
+        left, top, right and bottom, all of them inside, in the order of the tokens."""
+        vision = self.config.vision
+        side, span = math.isqrt(vision.visual_tokens), vision.merge * vision.patch_size
+        x, y = (
+            [min(round(i * edge * span / vision.image_size), edge) for i in range(side + 1)]
+            for edge in size
+        )
+        boxes = [
+            (x[column], y[row], x[column + 1] - 1, y[row + 1] - 1)
+            for row in range(side)
+            for column in range(side)
+        ]
+        if vision.merge_by_columns:
+            return [box for column in range(side) for box in boxes[column::side]]
+        return boxes
+
+    # --- text
+
+    def layout(
+        self, views: list[View], sizes: list[int], kept: list[Tensor], positions: str
+    ) -> Layout:
+        """The prompt before the first question, and its rotary positions.
+
+        Args:
+            views: what is seen.
+            sizes: visual tokens of each view, n.
+            kept: of each view, which of them (K,) stay, ascending.
+            positions: "contiguous" numbers what stays from 0 on, as if the others had never been;
+                "original" leaves gaps where tokens are missing, and text goes on where it would
+                have.
+        """
+        ids = self.context([len(index) for index in kept], views)
+        if positions == "contiguous":
+            return Layout(ids, torch.arange(len(ids)), len(ids))
+        everything = torch.tensor(self.context(sizes, views))
+        visual = (everything == self.image_token_id).nonzero()[:, 0]
+        first = accumulate(sizes, initial=0)  # of each view among all visual tokens
+        stays = torch.ones_like(everything, dtype=torch.bool)
+        stays[visual] = False
+        stays[visual[torch.cat([start + index for start, index in zip(first, kept)])]] = True
+        return Layout(ids, stays.nonzero()[:, 0], len(everything))
+
+    def context(self, counts: list[int], views: list[View] | None = None) -> list[int]:
+        """Token ids of everything up to the last picture, with `image_token_id` repeated as often
+        as `counts` says for each view. views: separate whole pictures if None."""
+        views = _whole(len(counts)) if views is None else views
+        # The text after the last picture belongs to the first question, see `question`.
+        before, *after = (self._start + self._text(views)).split("{image}")
+        ids = self._bos_ids + self._encode(before, start=True)
+        for count, text in zip(counts, [*after[:-1], ""], strict=True):
+            ids += [self.image_token_id] * count + list(self.end_of_view) + self._encode(text)
+        return ids
+
+    def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
+        """Token ids of a question: `first` right after the context of these views (one whole
+        picture if None), otherwise after an answer."""
+        if not first:
+            return self._encode(self._close + "{question}" + self._last, text)
+        after = self._text(_whole(1) if views is None else views).split("{image}")[-1]
+        return self._encode(after + self._lead + "{question}" + self._reply, text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens and leading white space."""
+        return self.tokenizer.decode(ids).lstrip()
+
+    def _text(self, views: list[View]) -> str:
+        """The text that stands for the views, {image} for each."""
+        if len(views) == 1:
+            return "{image}"
+        frames = [self.frame.replace("{n}", str(n + 1)) for n in range(len(views))]
+        return "\n".join(frames)
+
+    def _read_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Keep the tokenizer, and copies of it that take special tokens for text."""
+        tokenizer.no_truncation()  # a checkpoint may carry its training's settings
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+        self._added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        image = tokenizer.id_to_token(self.image_token_id)
+        if image is not None and image not in self._added:
+            raise ValueError(
+                f"the image token must be a special one, got {self.image_token_id}: {image!r}"
+            )
+        longest_first = sorted(filter(None, self._added), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
+        plain = json.dumps(plain)
+        self._plain_at_start = Tokenizer.from_str(plain)  # some mark the start of a text by a space
+        plain = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
+        self._plain = Tokenizer.from_str(plain)
+        self._bos_ids = tokenizer.encode(
+            ""
+        ).ids  # the begin-of-text token, where the family has one
+
+    def set_template(self, template: str) -> None:
+        """Raises: ValueError for a template that is not a conversation of two turns."""
+        form = r"(.*)\{image\}(.*)\{question\}(.*)\{answer\}(.*)\{question\}(.*)"
+        found = isinstance(template, str) and re.fullmatch(form, template, re.DOTALL)
+        used = re.findall(r"\{(?:image|question|answer)\}", template) if found else []
+        if len(used) != 4:
+            raise ValueError(
+                "a prompt template must hold {image}, {question}, {answer} and {question}, in this "
+                f"order, each once, got {template!r}"
+            )
+        image = self.tokenizer.id_to_token(self.image_token_id)
+        if image and image in template:
+            raise ValueError(f"a prompt template must not hold {image!r}, got {template!r}")
+        # _start{image}_lead{question}_reply{answer}_close{question}_last
+        self._start, self._lead, self._reply, self._close, self._last = found.groups()
+
+    def _encode(self, template: str, question: str = "", *, start: bool = False) -> list[int]:
+        """Ids of a template: its own special tokens are commands, everything in the question is
+        text. start: nothing comes before it."""
+        ids: list[int] = []
+        position = 0
+        for match in [*self._special.finditer(template), None]:
+            text = template[position : match.start() if match else None]
+            if text:
+                text = text.replace("{question}", question)
+                plain = self._plain_at_start if start and position == 0 else self._plain
+                try:
+                    ids += plain.encode(text, add_special_tokens=False).ids
+                except Exception as error:  # tokenizers raises TypeError and bare Exception
+                    raise ValueError(f"text that cannot be tokenized: {text!r} ({error})") from None
+            if match:
+                ids.append(self.tokenizer.token_to_id(match.group()))
+                position = match.end()
+        return ids
+
+
+def _whole(count: int) -> list[View]:
+    return [View(None, number) for number in range(count)]
+
+
+class TextStream:
+    """Turns tokens into text as they come; holds back what may be the first bytes of a character.
+
+    on_text: called with every new piece; the pieces together are `text`.
+    """
+
+    def __init__(self, processor: Processor, on_text: Callable[[str], None] | None):
+        self.processor, self.on_text = processor, on_text
+        self.ids: list[int] = []
+        self.text = ""
+
+    def add(self, token: int) -> None:
+        """The next token."""
+        self.ids.append(token)
+        self._emit(self.processor.decode(self.ids).rstrip("\ufffd"))
+
+    def finish(self) -> None:
+        """No more tokens will come."""
+        self._emit(self.processor.decode(self.ids))
+
+    def _emit(self, text: str) -> None:
+        piece = text[len(self.text) :]
+        self.text += piece
+        if piece and self.on_text:
+            self.on_text(piece)
+
+
+# --- opening pictures -----------------------------------------------------------------------------
+
+
+def open_picture(source: str | Path | Image.Image) -> Image.Image:
+    """A picture as upright 8-bit RGB: a path, or a Pillow image of any mode.
+
+    Transparent parts become white, 16-bit values lose their low byte, EXIF rotation is applied.
+    Raises: ValueError or OSError for what Pillow cannot read, for an empty picture, for
+    floating-point pixels (their range is not in the file), and for a file with more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    """
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    with _opened(source) as image:
+        return _upright_rgb(image)
+
+
+def open_clip(path: str | Path) -> tuple[list[Image.Image], float | None]:
+    """The frames of an animated picture, each as `open_picture` gives it, and how many there are in
+    a second, None if the file does not say. Raises: like `open_picture`."""
+    frames, milliseconds = [], 0
+    with _opened(path) as animation:
+        for frame in ImageSequence.Iterator(animation):
+            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself checks the first frame only
+            if limit and frame.width * frame.height > limit:
+                raise Image.DecompressionBombError(f"frame {len(frames) + 1} exceeds limit {limit}")
+            frames.append(_upright_rgb(frame))
+            milliseconds += frame.info.get("duration", 0)
+    return frames, 1000 * len(frames) / milliseconds if milliseconds else None
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An open picture file; anything that Pillow raises on a bad one becomes one clear error."""
+    if not isinstance(path, (str, Path)):
+        raise ValueError(f"a picture must be a path or a Pillow image, got {type(path).__name__}")
+    if not Path(path).is_file():  # a pipe would be waited for
+        what = f"{path} is not a regular file" if Path(path).exists() else f"no picture {path}"
+        raise FileNotFoundError(what)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that Pillow can read") from None
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise ValueError(f"{path} cannot be read: {error!r}") from None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"a picture must have pixels, got {image.width} x {image.height}")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range, convert them to 8 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, in a 16- or 32-bit container
+        wide, clear = image.convert("I"), image.info.get("transparency")
+        image = wide.point(lambda value: value * (1 / 256)).convert("L")
+        image.info.clear()
+        if clear is not None:  # one 16-bit value means transparent
+            mask = ImageMath.lambda_eval(lambda of: (of["wide"] == clear) * 255, wide=wide)
+            image.paste(255, mask=mask.convert("L"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+# --- what families do to pictures -----------------------------------------------------------------
+
+
+def resized(picture: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Raises: ValueError for a size beyond Pillow's limit: a narrow picture would explode."""
+    if Image.MAX_IMAGE_PIXELS and math.prod(size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"a picture of {picture.width} x {picture.height} is too narrow: "
+            f"it would be resized to {size[0]} x {size[1]}"
+        )
+    return picture.resize(size, resample)
+
+
+def pad_to_square(picture: Image.Image, mean: Tensor) -> Image.Image:
+    """The picture in the middle of a square of the mean colour (original LLaVA)."""
+    edge = max(picture.size)
+    square = Image.new("RGB", (edge, edge), tuple(int(255 * m) for m in mean.flatten().double()))
+    square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    return square
+
+
+def tiles(picture: Image.Image, edge: int, number: int) -> list[View]:
+    """A picture of whole tiles cut into them, row by row."""
+    rows, columns = picture.height // edge, picture.width // edge
+    return [
+        View(
+            picture.crop((column * edge, row * edge, (column + 1) * edge, (row + 1) * edge)),
+            number, rows, columns, row + 1, column + 1,
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]  # fmt: skip
+
+
+def evenly_spaced(first: int, last: int, count: int) -> list[float]:
+    """`count` numbers from first to last, evenly spaced, rounded as numpy.linspace rounds them."""
+    step = (last - first) / max(count - 1, 1)
+    return [first + step * number for number in range(count - 1)] + [last if count > 1 else first]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def picture_settings(folder: Folder) -> dict:
+    """The settings for pictures; newer transformers write them into processor_config.json."""
+    for settings in folder.read("preprocessor_config.json"):
+        return settings
+    for newer in folder.read("processor_config.json"):
+        if isinstance(newer.get("image_processor"), dict):
+            return newer["image_processor"]
+    raise FileNotFoundError(f"no preprocessor_config.json in {folder.path}")
+
+
+def read_tokenizer(folder: Folder) -> Tokenizer:
+    """tokenizer.json of a checkpoint, or what vocab.json, merges.txt and added_tokens.json of Qwen2
+    say. Raises: FileNotFoundError without either; ValueError for damaged files."""
+    parts = [folder.path / part for part in dict.fromkeys(("", *folder.parts))]
+    for part in parts:
+        if (part / "tokenizer.json").is_file():
+            build, file = Tokenizer.from_file, part / "tokenizer.json"
+            break
+        if (part / "vocab.json").is_file() and (part / "merges.txt").is_file():
+            build, file = _qwen2_tokenizer, part / "vocab.json"
+            break
+    else:
+        found = [str(p.relative_to(folder.path)) for part in parts for p in part.glob("*.model")]
+        hint = f" (only {found[0]}, which transformers can convert)" if found else ""
+        raise FileNotFoundError(f"no tokenizer.json in {folder.path}{hint}")
+    try:
+        return build(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _qwen2_tokenizer(vocab: str) -> Tokenizer:
+    """Byte-level BPE with Qwen2's rule for splitting text, and special tokens with the ids that
+    added_tokens.json gives them."""
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    folder = Path(vocab).parent
+    tokenizer = Tokenizer(models.BPE.from_file(vocab, str(folder / "merges.txt")))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, number in sorted(_added_tokens(folder).items(), key=lambda item: item[1]):
+        tokenizer.add_special_tokens([token])
+        if tokenizer.token_to_id(token) != number:
+            raise ValueError(f"the added tokens leave a gap before {token!r}, {number}")
+    return tokenizer
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Special tokens and their ids, from added_tokens.json or else tokenizer_config.json."""
+    added, settings = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    if added.exists():
+        tokens = values.read_json(added)
+    elif settings.exists():
+        listed = values.read_json(settings).get("added_tokens_decoder", {})
+        tokens = {entry["content"]: int(number) for number, entry in listed.items()}
+    else:
+        tokens = {}
+    if not all(type(number) is int for number in tokens.values()):
+        raise ValueError(f"the ids of added tokens must be integers, got {tokens}")
+    return tokens

@@ -1,0 +1,224 @@
+"""Tensors of safetensors files into a model: shards, names, quantised layers.
+
+A family's name table (`NAMES`) has rows (theirs, ours): how tensors' names begin in the files, and
+in `VLM`. `translate` reads such a table in either direction; of several rows that fit a name the
+one with the longest beginning counts. In a checkpoint in parts the name of the folder and a dot
+stand before the tensor's name.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from awq import W4A16Linear, W8A8Linear
+from model import VLM
+
+from . import values
+from .values import Folder, read_json
+
+Names = list[tuple[str, str]]
+
+# Tensors that some models use: tables of positions, what follows a tower's last layer.
+OPTIONAL = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)|vision_tower\.(post_layernorm|head)\..*"
+
+
+def translate(name: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    """The name with its beginning replaced by a row (old, new); as it is if none fits."""
+    fitting = [row for row in beginnings if name.startswith(row[0])]
+    old, new = max(fitting, key=lambda row: len(row[0]), default=("", ""))
+    return new + name.removeprefix(old)
+
+
+def hub_names(names: Names) -> Names:
+    """The table the other way round, rows (ours, theirs) with the first of theirs for each."""
+    return list({ours: theirs for theirs, ours in reversed(names)}.items())
+
+
+def is_unused(ours: str, model: nn.Module) -> bool:
+    """Whether an optional tensor has no place in this model."""
+    if not re.fullmatch(OPTIONAL, ours):
+        return False
+    path, _, leaf = ours.rpartition(".")
+    return path not in dict(model.named_modules()) or not hasattr(model.get_submodule(path), leaf)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Folder) -> dict[Path, str]:
+    """The safetensors files of a checkpoint, and what stands before the names of their tensors:
+    nothing or, in a checkpoint in parts, the name of the file's folder and a dot."""
+    return {
+        file: f"{part}." if part else ""
+        for part in folder.parts
+        for file in _weight_files(folder.path / part)
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's index names, or model.safetensors, or all there
+    are."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+        for name in names:
+            if re.search(r"[/\\]|^\.\.?$", name):
+                raise ValueError(f"{index} names {name!r}, accepted: files in the same folder")
+        files = [folder / name for name in names]
+    elif (folder / "model.safetensors").exists():  # adapters beside it do not count
+        files = [folder / "model.safetensors"]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no regular file {file.name!r}")
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{file.name} refused, accepted: .safetensors (pickles can run code)")
+    if not files:
+        found = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        )
+        what = f"only {', '.join(found)} (refused: pickles can run code)" if found else "none"
+        raise FileNotFoundError(f"{folder} must hold .safetensors weights, found {what}")
+    return files
+
+
+@contextmanager
+def _weights(file: Path) -> Iterator[safe_open]:
+    """An open safetensors file; anything wrong with it becomes one clear error."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+
+
+# --- into the model -------------------------------------------------------------------------------
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device to load to: the given one, or the GPU if there is one. Raises: ValueError for one
+    that cannot hold values here."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=device)
+        probe.item()  # the "meta" device has no values
+        return probe.device
+    except Exception as error:  # torch raises almost anything for what it was not built for
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+
+
+def fill(
+    model: VLM, folder: Folder, names: Names, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give every parameter and buffer of a model on the meta device its tensor, one at a time.
+    Raises: ValueError for tensors that are missing, left over, there twice, or of a wrong shape or
+    dtype; FileNotFoundError for missing files."""
+    # 1. Make a place for every tensor: quantised layers, and a head of its own even if the
+    #    configuration ties it, for a head in the files wins.
+    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    files, group_size = weight_files(folder), values.group_size(folder)
+    for file, prefix in files.items():
+        with _weights(file) as tensors:
+            _make_quantised(
+                model, group_size, [translate(prefix + name, names) for name in tensors.keys()]
+            )
+    wanted = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    # 2. Fill every place once.
+    filled: dict[str, str] = {}
+    for file, prefix in files.items():
+        with _weights(file) as tensors:
+            for name in tensors.keys():
+                ours = translate(prefix + name, names)
+                if is_unused(ours, model):
+                    continue
+                shape = tuple(tensors.get_slice(name).get_shape())
+                _check_tensor(file, name, ours, shape, wanted, filled)
+                tensor = _checked_dtype(file, name, tensors.get_tensor(name), wanted[ours])
+                cast = dtype if isinstance(wanted[ours], nn.Parameter) else tensor.dtype
+                _set_tensor(model, ours, tensor.to(device, cast))
+                filled[ours] = name
+
+    # 3. Everything is filled; a tied head may be absent.
+    if model.config.text.tied and "lm_head.weight" not in filled:
+        model.lm_head.weight = model.decoder.embed_tokens.weight
+        del wanted["lm_head.weight"]
+    missing = sorted(wanted.keys() - filled.keys())
+    if missing:
+        raise ValueError(
+            f"{folder.path} lacks {len(missing)} tensors, the first: {', '.join(missing[:3])}"
+        )
+
+
+def _make_quantised(model: VLM, group_size: int | None, names: list[str]) -> None:
+    """Replace the Linears whose tensors in a file are quantised, and only those: lists of modules
+    in configurations are often out of date."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if path not in linears or leaf not in ("qweight", "weight_scale"):
+            continue
+        if path == "lm_head":
+            raise ValueError(f"{name}: a quantised output head is not supported")
+        linear = linears[path]
+        outputs, inputs = linear.weight.shape
+        bias = linear.bias is not None
+        if leaf == "qweight" and group_size is None:
+            raise ValueError(f"{name} is quantised, but config.json has no quantization_config")
+        try:
+            if leaf == "qweight":
+                layer = W4A16Linear(inputs, outputs, group_size, bias, device="meta")
+            else:
+                layer = W8A8Linear(inputs, outputs, bias, device="meta")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def _check_tensor(
+    file: Path,
+    name: str,
+    ours: str,
+    shape: tuple[int, ...],
+    wanted: dict[str, Tensor],
+    filled: dict[str, str],
+) -> None:
+    if ours not in wanted:
+        raise ValueError(f"{file}: {name} has no place in this model")
+    if ours in filled:
+        raise ValueError(f"{file}: {name} is there twice, also as {filled[ours]}")
+    if shape != tuple(wanted[ours].shape):
+        raise ValueError(f"{file}: {name} must have shape {tuple(wanted[ours].shape)}, got {shape}")
+
+
+def _checked_dtype(file: Path, name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """Parameters may have any floating dtype; packed codes and their scales are taken as stored
+    and must be finite."""
+    if isinstance(wanted, nn.Parameter):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{file}: {name} must be floating point, got {tensor.dtype}")
+    elif tensor.dtype != wanted.dtype:
+        raise ValueError(f"{file}: {name} must be {wanted.dtype}, got {tensor.dtype}")
+    elif not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} must be finite, got NaN or infinity")
+    return tensor
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor)
