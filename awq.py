@@ -35,7 +35,7 @@ try:
     import triton.language as tl
 
     jit, INTERPRETED = triton.jit, bool(triton.knobs.runtime.interpret)
-except ImportError:  # macOS, Windows: every operation takes the PyTorch path
+except (ImportError, AttributeError):  # none, or one before 3.4: PyTorch everywhere
     triton, jit, INTERPRETED = None, lambda kernel: kernel, False
 
 # On a GPU, with more rows: dequantise once, then the library's matmul. The smallest of the public

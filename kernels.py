@@ -43,7 +43,7 @@ try:
     import triton.language as tl
 
     jit, INTERPRETED = triton.jit, bool(triton.knobs.runtime.interpret)
-except ImportError:  # macOS, Windows: every operation takes the PyTorch path
+except (ImportError, AttributeError):  # none, or one before 3.4: PyTorch everywhere
     triton, jit, INTERPRETED = None, lambda kernel: kernel, False
 
 CHUNK_BYTES = 16 * 2**20  # PyTorch path: a block of float32 scores; attention_lse holds two

@@ -232,19 +232,29 @@ def test_gradients_flow_through_the_column_sums(given):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_without_triton_every_operation_takes_the_pytorch_path():
-    """As on macOS and Windows, where there is no Triton: `import triton` fails."""
+@pytest.mark.parametrize("found", ["nothing", "an older one"])
+def test_without_triton_every_operation_takes_the_pytorch_path(found):
+    """As on macOS and Windows, where `import triton` fails, and with Triton 3.3, which has no
+    `knobs`."""
     program = """
-import sys
-sys.modules["triton"] = None
+import sys, types
+older, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+older.language, older.jit = language, lambda kernel: kernel
+if sys.argv[1] == "nothing":
+    sys.modules["triton"] = None
+else:
+    sys.modules |= {"triton": older, "triton.language": language}
 import torch
-import kernels
-assert kernels.triton is None
+import awq, kernels
+assert kernels.triton is None and awq.triton is None
+linear = torch.nn.Linear(64, 16)
+assert awq.W4A16Linear.from_linear(linear, 32)(torch.randn(3, 64)).shape == (3, 16)
 q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
 assert kernels.attention_lse(q, k).shape == (1, 4, 1)
 assert kernels.attention_colsum(q, k).shape == (1, 4, 5)
 assert kernels.gather_keys_values(k, k, torch.tensor([[3, 1]]))[1].shape == (1, 2, 2, 8)
 assert kernels.decode_attention(q, k, k).shape == q.shape
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, found]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
