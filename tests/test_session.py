@@ -14,7 +14,7 @@ from PIL import Image, ImageStat
 
 from checkpoints.processor import TextStream
 from sparsevila import Answer, Dense, SparseVILA
-from tools import ask
+from tools import ask, quantise
 from tools.overlay import overlay
 
 SAMPLES = TINY / "samples"
@@ -380,3 +380,23 @@ def test_closed_and_full_outputs(shell, status, words):
 def test_an_empty_folder_of_frames_is_refused(tmp_path):
     result = run("--video", tmp_path)
     assert result.returncode == 2 and "holds no frames" in result.stderr
+
+
+def test_frames_are_in_the_order_a_person_counts(tmp_path):
+    """Names as they come from ffmpeg, cameras and people, in the order that they were taken in."""
+    for names in (
+        [f"{n}.png" for n in range(1, 13)],
+        [f"frame{n}.png" for n in (0, 9, 10, 99, 100)],
+        ["a9b10.png", "a10b2.png", "a10b11.png", "b.png", "b1.png"],
+        ["01.png", "1.png", "002.png"],  # the same number: by name
+    ):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for shade, name in reversed(list(enumerate(names))):
+            Image.new("RGB", (2, 2), (shade, 0, 0)).save(folder / name)
+        (folder / ".DS_Store").write_bytes(b"")
+        frames, fps = ask.read_frames(folder)
+        assert [frame.getpixel((0, 0))[0] for frame in frames] == list(range(len(names)))
+        assert fps is None
+        pictures, _, _ = quantise.calibration_set(folder, None, 3)
+        assert [picture.getpixel((0, 0))[0] for picture in pictures] == [0, 1, 2]

@@ -1,8 +1,10 @@
 """Commands for people: ask.py (`python sparsevila.py`) and quantise.py (`python awq.py`)."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -29,3 +31,15 @@ def command(program: str, *, reads_input: bool = False) -> Iterator[None]:
             print(end="", flush=True)
         except OSError:  # Python would try once more at exit, and complain
             sys.stdout = None
+
+
+def files_in(folder: str | Path) -> list[Path]:
+    """The files of a folder that are not hidden, in the order a person counts: 2.png before
+    10.png."""
+
+    def words_and_numbers(path: Path) -> tuple:
+        parts = re.split(r"([0-9]+)", path.stem)  # every second one is a number
+        return [int(x) if i % 2 else x for i, x in enumerate(parts)], path.name
+
+    files = (p for p in Path(folder).iterdir() if not p.is_dir() and not p.name.startswith("."))
+    return sorted(files, key=words_and_numbers)

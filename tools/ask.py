@@ -18,7 +18,7 @@ from checkpoints.processor import open_clip, open_picture
 from model import check_sampling
 from sparsevila import Answer, Dense, SparseVILA, check_fps, check_question, check_sparsity
 
-from . import command
+from . import command, files_in
 from .overlay import overlay
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -204,12 +204,12 @@ def _mean(values: list[int]) -> float:
 
 
 def read_frames(path: str) -> tuple[list[Image.Image], float | None]:
-    """The frames of a clip, pictures of a folder in the order of their names or an animated file,
+    """The frames of a clip, pictures of a folder in the order of `files_in` or an animated file,
     and how many there are in a second, if the file says so. Raises: ValueError for an empty folder,
     and as `open_picture`."""
     if not Path(path).is_dir():
         return open_clip(path)
-    files = sorted(p for p in Path(path).iterdir() if not p.is_dir() and not p.name.startswith("."))
+    files = files_in(path)
     if not files:
         raise ValueError(f"the folder {path} holds no frames")
     return [open_picture(file) for file in files], None

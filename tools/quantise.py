@@ -28,7 +28,7 @@ from model import VLM
 from sparsevila import SparseVILA
 from tiny.scenes import KINDS, make_scene, question_and_answer, render, to_images
 
-from . import command
+from . import command, files_in
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def calibration_set(
         if not texts:
             raise ValueError(f"{prompts} holds no prompts")
     if images is not None:
-        files = sorted(p for p in Path(images).iterdir() if p.is_file() and p.name[0] != ".")
+        files = files_in(images)
         if not files:
             raise ValueError(f"the folder {images} holds no pictures")
         pictures = [open_picture(file) for file in files[:samples]]
