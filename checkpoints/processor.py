@@ -78,9 +78,7 @@ class Processor:
     template: str  # the family's prompt
     frame = "{image}"  # one of several pictures; {n} counts from 1
     default_resample, default_mean, default_std = 3, CLIP_MEAN, CLIP_STD  # 3: bicubic
-    required_steps: tuple[
-        str, ...
-    ] = ()  # settings that must be true, besides those of all families
+    required_steps: tuple[str, ...] = ()  # settings that must be true, besides all families'
     size_key = "size"  # the setting that holds the edge of a view
     picture_tokens: list[str] = []  # special tokens that pictures need
     config_keys: tuple[str, ...] = ()  # of config.json, that belong to the settings
@@ -99,9 +97,8 @@ class Processor:
         self._read_tokenizer(tokenizer)
         self.set_template(self.template if template is None else template)
         # (A template of the user's own may write other tokens.)
-        for token in self.picture_tokens + re.findall(
-            r"<[^<>\s]+>", "" if template else self.template
-        ):
+        of_prompt = [] if template else re.findall(r"<[^<>\s]+>", self.template)
+        for token in self.picture_tokens + of_prompt:
             if token not in self._added:
                 raise ValueError(
                     f"the tokenizer has no special token {token!r}, which the family's prompt needs"
@@ -260,16 +257,12 @@ class Processor:
         self._plain_at_start = Tokenizer.from_str(plain)  # some mark the start of a text by a space
         plain = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
         self._plain = Tokenizer.from_str(plain)
-        self._bos_ids = tokenizer.encode(
-            ""
-        ).ids  # the begin-of-text token, where the family has one
+        self._bos_ids = tokenizer.encode("").ids  # begin of text, where the family has it
 
     def set_template(self, template: str) -> None:
         """Raises: ValueError for a template that is not a conversation of two turns."""
-        form = r"(.*)\{image\}(.*)\{question\}(.*)\{answer\}(.*)\{question\}(.*)"
-        found = isinstance(template, str) and re.fullmatch(form, template, re.DOTALL)
-        used = re.findall(r"\{(?:image|question|answer)\}", template) if found else []
-        if len(used) != 4:
+        parts = re.split(r"\{(image|question|answer)\}", template if type(template) is str else "")
+        if parts[1::2] != ["image", "question", "answer", "question"]:
             raise ValueError(
                 "a prompt template must hold {image}, {question}, {answer} and {question}, in this "
                 f"order, each once, got {template!r}"
@@ -278,7 +271,7 @@ class Processor:
         if image and image in template:
             raise ValueError(f"a prompt template must not hold {image!r}, got {template!r}")
         # _start{image}_lead{question}_reply{answer}_close{question}_last
-        self._start, self._lead, self._reply, self._close, self._last = found.groups()
+        self._start, self._lead, self._reply, self._close, self._last = parts[::2]
 
     def _encode(self, template: str, question: str = "", *, start: bool = False) -> list[int]:
         """Ids of a template: its own special tokens are commands, everything in the question is

@@ -225,6 +225,7 @@ def remove(name):
 
 
 NORM = "language_model.model.norm.weight"
+MANY = 500 * "{image}" + 500 * "{question}" + 500 * "{answer}"  # refused in linear time
 
 
 @pytest.mark.parametrize(
@@ -322,6 +323,7 @@ NORM = "language_model.model.norm.weight"
         (config(prompt={"start": 3}), ValueError, "prompt in config.json must hold texts"),
         (config(prompt={"template": "why?"}), ValueError, "a prompt template must hold .*'why.'"),
         (config(prompt={"template": 3}), ValueError, "a prompt template must hold .*got 3"),
+        (config(prompt={"template": MANY}), ValueError, "a prompt template must hold .*got '{im"),
         (
             config(prompt={"template": "{image}{question}{answer}{question}{image}"}),
             ValueError,
