@@ -32,6 +32,11 @@ def config(folder: Folder) -> Config:
     """The sizes of a LLaVA checkpoint. Raises: ValueError for an option that model.py does not
     implement."""
     raw = folder.config
+    if "mm_vision_tower" in raw and "text_config" not in raw:
+        raise ValueError(
+            "config.json has the layout of LLaVA's authors (mm_vision_tower), accepted: the "
+            "converted one, as of llava-hf/llava-1.5-7b-hf"
+        )
     vision = networks.vision_config(raw, "clip_vision_model", "vision_feature_layer")
     accepted = networks.select_words(vision)  # only checked: patches alone feed the projector
     values.choice(raw, "vision_feature_select_strategy", "default", accepted)

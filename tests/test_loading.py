@@ -225,6 +225,10 @@ def remove(name):
 
 
 NORM = "language_model.model.norm.weight"
+# Some keys of liuhaotian/llava-v1.5-7b's config.json.
+AUTHORS = """{"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
+"hidden_size": 4096, "mm_projector_type": "mlp2x_gelu",
+"mm_vision_tower": "openai/clip-vit-large-patch14-336"}"""
 MANY = 500 * "{image}" + 500 * "{question}" + 500 * "{answer}"  # refused in linear time
 
 
@@ -317,6 +321,7 @@ MANY = 500 * "{image}" + 500 * "{question}" + 500 * "{answer}"  # refused in lin
         (write("config.json", "{"), ValueError, "config.json is not JSON"),
         (write("config.json", "[" * 100_000), ValueError, "config.json is not JSON"),
         (write("config.json", "[]"), ValueError, "must hold a JSON object, got list"),
+        (write("config.json", AUTHORS), ValueError, "LLaVA's authors .*, accepted: .* llava-hf/"),
         (write("tokenizer.json", '{"model": 3}'), ValueError, "tokenizer.json is damaged"),
         (write("preprocessor_config.json", '{"size": 0}'), ValueError, "crop_size in .* got None"),
         (config(prompt={"start": "x", "end": "y"}), ValueError, "prompt in config.json must hold"),
