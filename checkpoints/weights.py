@@ -204,11 +204,13 @@ def _check_tensor(
 
 
 def _checked_dtype(file: Path, name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
-    """Parameters may have any floating dtype; packed codes and their scales are taken as stored
-    and must be finite."""
+    """Parameters may have any floating dtype that needs no scale; packed codes and their scales are
+    taken as stored and must be finite."""
     if isinstance(wanted, nn.Parameter):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{file}: {name} must be floating point, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.element_size() < 2:  # float8 goes with scales
+            raise ValueError(
+                f"{file}: {name} must be floating point of at least 16 bits, got {tensor.dtype}"
+            )
     elif tensor.dtype != wanted.dtype:
         raise ValueError(f"{file}: {name} must be {wanted.dtype}, got {tensor.dtype}")
     elif not tensor.isfinite().all():

@@ -298,7 +298,12 @@ MANY = 500 * "{image}" + 500 * "{question}" + 500 * "{answer}"  # refused in lin
         (
             tensors(lambda t: t.update({NORM: torch.ones(128, dtype=torch.int32)})),
             ValueError,
-            "must be floating point, got torch.int32",
+            "must be floating point of at least 16 bits, got torch.int32",
+        ),
+        (
+            tensors(lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)})),
+            ValueError,
+            "must be floating point of at least 16 bits, got torch.float8_e4m3fn",
         ),
         (truncate, ValueError, "model.safetensors is damaged"),
         (truncate_header, ValueError, "model.safetensors is damaged"),
