@@ -340,11 +340,13 @@ def test_output_that_nobody_reads(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_ends_at_once_with_its_workers(number, code):
-    """A signal to the parent alone."""
+    """A signal to the parent alone. A shell's background job, as pytest may be, would ignore
+    SIGINT, and with it what it starts."""
     command = [sys.executable, "-m", "bench", "needle", "--clips", "10000"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
+    with process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(workers := children.read_text().split()) < os.cpu_count():
             assert process.poll() is None
