@@ -400,21 +400,28 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized(picture: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Raises: ValueError for a size beyond Pillow's limit: a narrow picture would explode."""
-    if Image.MAX_IMAGE_PIXELS and math.prod(size) > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"a picture of {picture.width} x {picture.height} is too narrow: "
-            f"it would be resized to {size[0]} x {size[1]}"
-        )
+    """Raises: ValueError for a size beyond Pillow's limit."""
+    _check_size(picture, size, "resized")
     return picture.resize(size, resample)
 
 
 def pad_to_square(picture: Image.Image, mean: Tensor) -> Image.Image:
-    """The picture in the middle of a square of the mean colour (original LLaVA)."""
+    """The picture in the middle of a square of the mean colour (original LLaVA). Raises: ValueError
+    for a size beyond Pillow's limit."""
     edge = max(picture.size)
+    _check_size(picture, (edge, edge), "padded")
     square = Image.new("RGB", (edge, edge), tuple(int(255 * m) for m in mean.flatten().double()))
     square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
     return square
+
+
+def _check_size(picture: Image.Image, size: tuple[int, int], verb: str) -> None:
+    """A narrow picture would explode: 1 x 60,000 pixels, padded, are 10.8 GB."""
+    if Image.MAX_IMAGE_PIXELS and math.prod(size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"a picture of {picture.width} x {picture.height} is too narrow: "
+            f"it would be {verb} to {size[0]} x {size[1]}"
+        )
 
 
 def tiles(picture: Image.Image, edge: int, number: int) -> list[View]:

@@ -158,7 +158,8 @@ class Processor(processor.Processor):
             larger = distance == nearest and area > 0.5 * S * S * columns * rows
             if distance < nearest or larger:
                 best, nearest = (columns, rows), distance
-        large = picture.resize((S * best[0], S * best[1]))  # bicubic, as in VILA
+        size = S * best[0], S * best[1]
+        large = processor.resized(picture, size, Image.Resampling.BICUBIC)  # as in VILA
         cut = processor.tiles(large, S, 0)
         if len(cut) == 1:
             return [View(cut[0].picture)]

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
@@ -158,6 +158,18 @@ def test_pillows_own_limit_is_honoured(tmp_path, monkeypatch):
         open_picture(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     open_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("family", ["llava", "nvila_hf", "longvila"])
+def test_a_picture_too_narrow_to_pad_is_refused(family, monkeypatch):
+    """Before the work: 1 x 60,000 pixels would take 10.8 GB."""
+    processor = load_processor(ROOT / "tests" / "golden" / family)
+    processor.pad, processor.shape = True, "pad"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
+    for size in ((1, 300), (300, 1)):
+        with pytest.raises(ValueError, match=" is too narrow: it would be padded to 300 x 300"):
+            processor.views([Image.new("RGB", size)])
+    processor.views([Image.new("RGB", (299, 299))])
 
 
 def test_a_picture_too_narrow_to_resize_is_refused(processor):

@@ -14,7 +14,7 @@ from PIL import Image, ImageStat
 
 from checkpoints.processor import TextStream
 from sparsevila import Answer, Dense, SparseVILA
-from tools import ask, quantise
+from tools import ask, command, quantise
 from tools.overlay import overlay
 
 SAMPLES = TINY / "samples"
@@ -380,6 +380,12 @@ def test_closed_and_full_outputs(shell, status, words):
 def test_an_empty_folder_of_frames_is_refused(tmp_path):
     result = run("--video", tmp_path)
     assert result.returncode == 2 and "holds no frames" in result.stderr
+
+
+def test_too_little_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, command("ask"):
+        bytearray(2**62)
+    assert stop.value.code == 2 and capsys.readouterr().err == "ask: error: MemoryError\n"
 
 
 def test_frames_are_in_the_order_a_person_counts(tmp_path):

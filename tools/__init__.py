@@ -23,8 +23,9 @@ def command(program: str, *, reads_input: bool = False) -> Iterator[None]:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:  # torch: out of memory too
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__  # torch's: RuntimeError
+        print(f"{program}: error: {words}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         try:
