@@ -230,7 +230,7 @@ def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor)
         )
         _CPU_PACKED[qweight] = source, packed, qzeros, scales  # held, so that no id is used again
     group = qweight.shape[0] // scales.shape[0]
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed[0], group, packed[1])
 
 
 def _fits_cpu_int4(rows: Tensor, qweight: Tensor, outputs: int, group: int) -> bool:

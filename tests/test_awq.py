@@ -155,6 +155,26 @@ def test_matmul_matches_float64(dtype, g, rows):
         assert bool(((y.double() - expected).abs() <= close * size).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: x[:1].expand(3, -1),
+        lambda x: x.view(2, 3, -1).transpose(0, 1),
+    ],
+    ids=["transposed", "every second", "one row", "three axes"],
+)
+def test_activations_of_any_strides(strided, dtype):
+    *tensors, exact = packed(256, 48, 32)
+    x = strided(torch.randn(6, 256).to(dtype))
+    assert not x.is_contiguous()
+    y, size = awq.w4a16_matmul(x, *tensors), x.double().abs() @ exact.abs()
+    close = {torch.float32: 2**-11, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    assert bool(((y.double() - x.double() @ exact).abs() <= close * size).all())
+
+
 def test_few_bfloat16_rows_take_pytorchs_int4_kernel_and_see_new_codes(monkeypatch):
     qweight, qzeros, scales, exact = packed(64, 32, 32)
     x = torch.randn(3, 64).bfloat16()
