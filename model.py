@@ -481,8 +481,10 @@ class KVCache:
 
 
 def _grown(old: Tensor | None, like: Tensor, used: int, rows: int) -> Tensor:
-    """A buffer of `rows` rows that starts with the first `used` rows of `old`."""
-    new = like.new_empty(*like.shape[:2], rows, like.shape[3])
+    """A buffer of `rows` rows that starts with the first `used` rows of `old`; a normal tensor,
+    which may be written to inside torch.inference_mode() and outside."""
+    with torch.inference_mode(False):
+        new = like.new_empty(*like.shape[:2], rows, like.shape[3])
     if old is not None:
         new[:, :, :used] = old[:, :, :used]
     return new

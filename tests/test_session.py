@@ -1,9 +1,12 @@
 """The session and the command line: what they return, and what they refuse."""
 
+import itertools
 import json
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -380,6 +383,46 @@ def test_closed_and_full_outputs(shell, status, words):
 def test_an_empty_folder_of_frames_is_refused(tmp_path):
     result = run("--video", tmp_path)
     assert result.returncode == 2 and "holds no frames" in result.stderr
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "plain": nullcontext,
+    "inference": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "grad": torch.enable_grad,
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", [SparseVILA, Dense])
+def test_the_callers_mode_changes_nothing(tiny, kind):
+    """`see` and two questions, each call in one of torch's modes, give the tokens of the plain
+    session. The cache grows in every call."""
+
+    def answers(*modes):
+        session, tokens = kind(*tiny), []
+        with modes[0]():
+            session.see(SAMPLES / "board.png")
+        for question, mode in zip(("what color is the 7?", "where is the 4?"), modes[1:]):
+            with mode():
+                tokens.append(session.ask(question, max_new_tokens=8).token_ids)
+        return tokens
+
+    with patch("sparsevila.SPARE_ROWS", 1):
+        expected = answers(nullcontext, nullcontext, nullcontext)
+        everywhere = ([name] * 3 for name in MODES)
+        for names in [*itertools.product(["plain", "inference"], repeat=3), *everywhere]:
+            assert answers(*(MODES[name] for name in names)) == expected, names
 
 
 def test_too_little_memory_is_one_line(capsys):
