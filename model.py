@@ -681,7 +681,8 @@ class VLM(nn.Module):
 
         Returns: the new token ids; a stop token, if one came, is the last.
         Raises: ValueError before anything is written, if an argument is out of range or the context
-        would exceed the model's limit; ValueError while decoding, if logits are NaN.
+        would exceed the model's limit; ValueError while decoding, if the largest logit is not
+        finite.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
         T = embeddings.shape[1]
@@ -761,10 +762,13 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """One token id from logits (vocabulary,): the likeliest at temperature 0, else a draw. Raises:
-    ValueError for NaN logits."""
-    if logits.isnan().any():
+    ValueError, at every temperature, if the largest logit is NaN or infinite."""
+    highest = logits.max()
+    if not highest.isfinite():
         dtype = str(logits.dtype).removeprefix("torch.")
-        raise ValueError(f"the logits are NaN: damaged weights, or an overflow in {dtype}")
+        raise ValueError(
+            f"the largest logit is {float(highest)}: damaged weights, or an overflow in {dtype}"
+        )
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.double().cpu()

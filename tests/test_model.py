@@ -170,11 +170,22 @@ def test_sampling_follows_the_seed_and_the_distribution():
     assert first == again != other
 
 
-def test_nan_logits_are_refused():
-    logits = torch.tensor([1.0, math.nan], dtype=torch.float16)
+@pytest.mark.parametrize(
+    "logits, word",
+    [((1, math.nan), "nan"), ((1, math.inf), "inf"), ((-math.inf, -math.inf), "-inf")],
+)
+def test_logits_without_a_largest_are_refused(logits, word):
+    logits = torch.tensor(logits, dtype=torch.float16)
     for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match="the logits are NaN: .* an overflow in float16"):
+        message = f"the largest logit is {word}: .* an overflow in float16"
+        with pytest.raises(ValueError, match=message):
             sample(logits, temperature, 1.0, torch.Generator())
+
+
+def test_tokens_that_are_ruled_out_are_never_drawn():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf])
+    assert sample(logits, 0.0, 1.0, torch.Generator()) == 1
+    assert {sample(logits, 1.0, 1.0, torch.Generator()) for _ in range(20)} == {1}
 
 
 def test_generating_leaves_the_global_random_numbers_alone():
