@@ -346,7 +346,10 @@ def open_clip(path: str | Path) -> tuple[list[Image.Image], float | None]:
     a second, None if the file does not say. Raises: like `open_picture`."""
     frames, milliseconds = [], 0
     with _opened(path) as animation:
-        for frame in ImageSequence.Iterator(animation):
+        pages = ImageSequence.Iterator(animation)
+        if animation.info.get("default_image"):  # an APNG's cover, which is not part of the clip
+            next(pages)
+        for frame in pages:
             limit = Image.MAX_IMAGE_PIXELS  # Pillow itself checks the first frame only
             if limit and frame.width * frame.height > limit:
                 raise Image.DecompressionBombError(f"frame {len(frames) + 1} exceeds limit {limit}")

@@ -107,6 +107,18 @@ def test_a_transparent_16_bit_value_is_compared_with_all_its_bits(tmp_path):
     assert [image.getpixel((x, 0))[0] for x in range(4)] == [255, 0x12, 0, 255]
 
 
+def test_the_cover_of_an_apng_is_not_a_frame(tmp_path):
+    cover, *frames = (Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (9, 50, 100, 150))
+    for name, first, rest, options in (
+        ("covered.png", cover, frames, {"default_image": True}),
+        ("plain.png", frames[0], frames[1:], {}),
+    ):
+        file = tmp_path / name
+        first.save(file, save_all=True, append_images=rest, duration=100, **options)
+        shown, fps = open_clip(file)
+        assert [frame.getpixel((0, 0))[0] for frame in shown] == [50, 100, 150] and fps == 10
+
+
 def test_every_frame_of_a_clip_is_held_to_pillows_limit(tmp_path, monkeypatch):
     small, large = Image.new("RGB", (9, 9), RED), Image.new("RGB", (90, 90), RED)
     small.save(tmp_path / "clip.tiff", save_all=True, append_images=[large, small])
