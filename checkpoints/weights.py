@@ -61,10 +61,15 @@ def weight_files(folder: Folder) -> dict[Path, str]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names, or model.safetensors, or all there
-    are."""
+    """model.safetensors, or the safetensors files that the folder's index names, or all there are.
+
+    In this order, as transformers' from_pretrained looks for them: a model saved whole over one
+    saved in shards leaves the old index behind, and the old shards. Adapters do not count.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if (folder / "model.safetensors").exists():
+        files = [folder / "model.safetensors"]
+    elif index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map")
@@ -73,8 +78,6 @@ def _weight_files(folder: Path) -> list[Path]:
             if re.search(r"[/\\]|^\.\.?$", name):
                 raise ValueError(f"{index} names {name!r}, accepted: files in the same folder")
         files = [folder / name for name in names]
-    elif (folder / "model.safetensors").exists():  # adapters beside it do not count
-        files = [folder / "model.safetensors"]
     else:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:

@@ -387,6 +387,20 @@ def test_a_stored_head_wins_over_the_word_that_it_is_tied(name, tmp_path):
     assert not same_bits(vlm.lm_head.weight, vlm.decoder.embed_tokens.weight)
 
 
+def test_in_every_part_of_a_checkpoint_a_whole_model_wins_over_older_shards(tmp_path):
+    """longvila's decoder is stored in shards with an index."""
+    folder = copied("longvila", tmp_path)
+    expected = load_model(folder, device="cpu").state_dict()
+    whole = {}
+    for shard in (folder / "llm").glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, shard)
+        whole |= tensors
+    save_file(whole, folder / "llm" / "model.safetensors")
+    loaded = load_model(folder, device="cpu").state_dict()
+    assert all(same_bits(loaded[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_name_table_is_read_both_ways(name):
     """Of every parameter the name that the files of the golden checkpoint have; from there back."""

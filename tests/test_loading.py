@@ -55,6 +55,19 @@ def test_shards_hold_the_same_model(tiny, folder):
     assert_same_model(load_model(folder, device="cpu"), tiny[0])
 
 
+@pytest.mark.parametrize("shards_stay", [True, False])
+def test_a_whole_model_wins_over_older_shards(tiny, folder, shards_stay):
+    """As transformers leaves a folder when a model is saved in shards first and whole later."""
+    new = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in new.items()}, folder / "model.safetensors")
+    shard(folder)
+    if not shards_stay:
+        for old in folder.glob("*.safetensors"):
+            old.unlink()
+    save_file(new, folder / "model.safetensors")
+    assert_same_model(load_model(folder, device="cpu"), tiny[0])
+
+
 @pytest.mark.parametrize(
     "old, new",
     [  # as transformers names them in memory since 4.52, and without the inner `vision_model`
@@ -211,6 +224,10 @@ def index_to(name):
     return damage
 
 
+def empty_the_index(folder):
+    shard(folder).write_text("{}")
+
+
 def lose_a_shard(folder):
     shard(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -314,7 +331,7 @@ MANY = 500 * "{image}" + 500 * "{question}" + 500 * "{answer}"  # refused in lin
         (index_to("sub\\x.safetensors"), ValueError, "accepted: files in the same folder"),
         (index_to("config.json"), ValueError, "config.json refused, accepted: .safetensors"),
         (lose_a_shard, FileNotFoundError, "no regular file 'model-00002-of-00003"),
-        (write("model.safetensors.index.json", "{}"), ValueError, "has no weight_map"),
+        (empty_the_index, ValueError, "has no weight_map"),
         (
             remove("model.safetensors"),
             FileNotFoundError,
