@@ -685,7 +685,10 @@ class VLM(nn.Module):
         finite.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
-        T = embeddings.shape[1]
+        shape, E = tuple(embeddings.shape), self.config.text.width
+        if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != E:
+            raise ValueError(f"embeddings must be (1, T, {E}) with T at least 1, got {shape}")
+        T = shape[1]
         if cache is None:
             cache = KVCache(self.config.text.layers, capacity=T + max_new_tokens)
         self.check_room(cache, T, max_new_tokens)

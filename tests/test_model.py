@@ -1,6 +1,7 @@
 """The model and its cache: shapes, sampling, salience, causal attention, and refusals."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -224,6 +225,15 @@ def test_generate_refuses_before_anything_is_written(changes, message):
     with pytest.raises(ValueError, match=message):
         vlm.generate(vlm.embed([8]), cache=cache, **{"max_new_tokens": 4} | changes)
     assert cache.length == 3
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32), (1, 0, 32), (1, 3, 31), (3, 32), (1, 1, 3, 32)])
+def test_generate_answers_one_prompt(shape):
+    vlm, _ = random_model(8)
+    cache, message = KVCache(2), f"embeddings must be (1, T, 32) with T at least 1, got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vlm.generate(torch.zeros(shape), cache=cache, max_new_tokens=2)
+    assert cache.length == 0
 
 
 def test_the_last_position_of_the_context_can_be_used():
