@@ -201,6 +201,8 @@ class Heads(nn.Module):
 
 
 def tower_loss(model: VLM, heads: Heads, seed: int, step: int) -> tuple[Tensor, str]:
+    """The first stage's loss on a batch of pictures, and words for the log: every patch says what
+    it shows, the class token which digits and colours there are."""
     rng = random.Random(f"train {seed} tower {step}")
     scenes = [make_scene(rng) for _ in range(TOWER_BATCH)]
     pixels = normalise(torch.cat([render(scene, rng) for scene in scenes]))
@@ -305,6 +307,8 @@ def measure_features(model: VLM, seed: int) -> None:
 
 
 def decoder_loss(model: VLM, writer: Writer, seed: int, step: int) -> tuple[Tensor, str]:
+    """The second stage's loss on a batch of conversations, and words for the log: cross-entropy of
+    the answers' tokens."""
     pictures, rows, isolated = make_batch(writer, seed, step)
     ids, positions, turn, loss_here = rows.unbind(-1)
     features = torch.stack(model.encode(normalise(pictures.flatten(0, 1))))
@@ -333,6 +337,7 @@ def decoder_loss(model: VLM, writer: Writer, seed: int, step: int) -> tuple[Tens
 
 
 def new_model(vocab: int) -> VLM:
+    """The untrained model; the tower's features are standardised for the projector."""
     vision = VisionConfig(width=128, mlp=384, layers=3, heads=4, image_size=SIDE, patch_size=CELL)
     text = TextConfig(
         vocab=vocab, width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, eps=1e-5
@@ -376,6 +381,7 @@ def run_stage(name, parameters, loss_at, steps, rate, state, save) -> None:
 
 
 def train(seed: int, out: Path) -> None:
+    """Train both stages, going on from STATE if there is one, and write the checkpoint to `out`."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = new_model(tokenizer.get_vocab_size())
@@ -438,6 +444,7 @@ def write_weights(out: Path, model: VLM, heads: Heads) -> None:
 
 
 def write_json_files(out: Path, model: VLM, tokenizer: Tokenizer) -> None:
+    """Configuration, preprocessing and tokenizer files in LLaVA-1.5's layout."""
     vision, text = model.config.vision, model.config.text
     files = {
         "config.json": {
