@@ -86,6 +86,8 @@ class Processor(processor.Processor):
         """Resized to the longest edge, then up to whole tiles, then cut; the whole picture last."""
         if not self.split:
             return [View(self._squash(picture, self.longest_edge), number)]
+
+        # 1. Resize the longer side to the longest edge, then both to whole tiles.
         S = self.image_size
         picture = self._longest(picture, self.longest_edge)
         width, height = picture.size
@@ -96,6 +98,8 @@ class Processor(processor.Processor):
             high = math.ceil(height / S) * S
             size = math.ceil(int(high * (width / height)) / S) * S, high
         picture = processor.resized(picture, size, self.resample)
+
+        # 2. Cut it; the whole picture comes last.
         if size == (S, S):
             return [View(picture, number)]
         whole = View(picture.resize((S, S), self.resample), number, size[1] // S, size[0] // S)

@@ -144,6 +144,7 @@ class Processor(processor.Processor):
         return picture.resize((self.image_size, self.image_size), resample)
 
     def _cut(self, picture: Image.Image) -> list[View]:
+        # 1. Choose the grid of tiles whose shape is nearest to the picture's.
         S, area = self.image_size, picture.width * picture.height
         grids = [
             (columns, rows)
@@ -158,6 +159,8 @@ class Processor(processor.Processor):
             larger = distance == nearest and area > 0.5 * S * S * columns * rows
             if distance < nearest or larger:
                 best, nearest = (columns, rows), distance
+
+        # 2. Resize the picture to that grid and cut it; the whole picture comes last.
         size = S * best[0], S * best[1]
         large = processor.resized(picture, size, Image.Resampling.BICUBIC)  # as in VILA
         cut = processor.tiles(large, S, 0)
