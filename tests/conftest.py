@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-# Before torch is imported, and for all that tests start: on tensors as small as these the threads of
-# a busy machine mostly wait for each other.
+# Before torch is imported, and for all that tests start: on tensors as small as these, the threads
+# of a busy machine mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
