@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -213,8 +212,8 @@ def measure(
                 costs["KV kB"].append(kv_bytes(session, answer) / 1000)
         if frames == 1:
             costs["CPU ms"].append(1000 * (time.process_time() - began))
-    percentages = {column: 100 * mean(values) for column, values in right.items()}
-    return percentages | {column: mean(values) for column, values in costs.items()}
+    percentages = {column: 100 * statistics.mean(values) for column, values in right.items()}
+    return percentages | {column: statistics.mean(values) for column, values in costs.items()}
 
 
 def parts(answer: str) -> tuple[str, str]:

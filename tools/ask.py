@@ -7,6 +7,7 @@
 import argparse
 import io
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,16 +192,15 @@ def print_comparison(columns: dict[str, dict]) -> None:
     print(" " * 34 + "".join(f"{name:>12}" for name in names))
     line("visual tokens encoded", lambda c: str(c["visual_tokens"]["encoded"]))
     line("  kept", lambda c: str(c["visual_tokens"]["kept"]))
-    line("  attended, mean per layer", lambda c: f"{_mean(c['visual_tokens']['attended']):.4g}")
+    line(
+        "  attended, mean per layer",
+        lambda c: f"{statistics.mean(c['visual_tokens']['attended']):.4g}",
+    )
     line("KV bytes read per token", lambda c: f"{c['kv_bytes_per_token']:,}")
     for stage in ("vision", "prune", "prefill", "question", "retrieve", "decode"):
         unit = "ms per question" if stage in ANSWER_STAGES else "ms"
         line(f"{stage}, {unit}", lambda c, stage=stage: f"{c['milliseconds'][stage]:.1f}")
     line("decoded tokens/s", lambda c: f"{c['tokens_per_second'] or float('nan'):.1f}")
-
-
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values)
 
 
 def read_frames(path: str) -> tuple[list[Image.Image], float | None]:
