@@ -439,9 +439,9 @@ def _programs(device: torch.device) -> int:
 def _group_size(group_size: int, inputs: int) -> int:
     """The group size in use: -1 means one group of all inputs inputs."""
     size = inputs if group_size == -1 else group_size
-    if type(size) is not int or size < 1 or inputs % size:
+    if size not in range(1, inputs + 1) or inputs % size:
         raise ValueError(f"group_size must divide the {inputs} inputs or be -1, got {group_size!r}")
-    return size
+    return int(size)
 
 
 def _check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoints.processor import Processor
 from kernels import attention_colsum, attention_lse, gather_tokens
-from model import VLM, KVCache, causal_attention
+from model import VLM, KVCache, causal_attention, inference
 from sparsevila import (
     Answer,
     Dense,
@@ -182,19 +182,19 @@ class VisionZip(Pruned):
     average = False
     last_layer = False
 
-    @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:
         tower, features, salience = self.model.vision_tower, [], []
         s, self.summary, self.keys = tower.summary_tokens, [], []
         feeding = max(tower.feature_layer - 1, 0)  # the block whose output feeds the projector
-        for batch in self.model.batches(pixels):
-            states, q, k = tower(batch, feeding)
-            features += tower.merge(states[:, s:])
-            self.summary += states[:, : min(s, 1)]  # (1, C), or (0, C) without a class token
-            self.keys += tower.merge(k.mean(1)[:, s:])  # (n, merge^2 D)
-            if self.last_layer:
-                _, q, k = tower(batch, -1)
-            salience += merge_salience(patch_salience(q, k, s), tower.merge)
+        with inference(self.model.device):
+            for batch in self.model.batches(pixels):
+                states, q, k = tower(batch, feeding)
+                features += tower.merge(states[:, s:])
+                self.summary += states[:, : min(s, 1)]  # (1, C), or (0, C) without a class token
+                self.keys += tower.merge(k.mean(1)[:, s:])  # (n, merge^2 D)
+                if self.last_layer:
+                    _, q, k = tower(batch, -1)
+                salience += merge_salience(patch_salience(q, k, s), tower.merge)
         return features, salience
 
     def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:

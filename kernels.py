@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -734,6 +735,6 @@ def _check_length(length: int | Tensor | None, k: Tensor) -> int | Tensor:
         if length.is_cuda:
             return length
         length = int(length)
-    if type(length) is not int or not 1 <= length <= capacity:
+    if not isinstance(length, Integral) or not 1 <= length <= capacity:
         raise ValueError(f"length must be an integer in [1, {capacity}], got {length!r}")
-    return length
+    return int(length)

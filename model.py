@@ -25,10 +25,13 @@ visual tokens, L decoder layers, S edge of the tower's square pictures, n visual
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -513,6 +516,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.reshape(B, H, M, D)
 
 
+@contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """Within, no gradients, and arithmetic in the dtype of the weights: a caller's autocast would
+    give the cache rows of another one."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 # --- the whole model ------------------------------------------------------------------------------
 
 
@@ -570,20 +581,20 @@ class VLM(nn.Module):
                 batch = torch.stack(views[start : start + self.ENCODE_BATCH])
                 yield batch.to(self.device, self.dtype)
 
-    @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         """Features (n, merge * merge * C) of every view, as the projector wants them, for pixels
         (views, 3, S, S) or one tensor for each view."""
         tower, features = self.vision_tower, []
-        for batch in self.batches(pixels):
-            states, _, _ = tower(batch)
-            features.extend(tower.merge(states[:, tower.summary_tokens :]))  # one entry per view
+        with inference(self.device):
+            for batch in self.batches(pixels):
+                states = tower(batch)[0][:, tower.summary_tokens :]
+                features.extend(tower.merge(states))  # one entry per view
         return features
 
-    @torch.no_grad()
     def project(self, features: Tensor) -> Tensor:
         """Project features (..., merge * merge * C) to visual tokens (..., E)."""
-        return self.projector(features)
+        with inference(self.device):
+            return self.projector(features)
 
     # --- text
 
@@ -641,7 +652,7 @@ class VLM(nn.Module):
         if self.compiled and T == 1:
             decoder = partial(self.compiled, decoder)
         try:
-            with torch.no_grad():
+            with inference(self.device):
                 hidden = decoder(embeddings, positions.to(self.device), cache.attend)
             cache.advance(positions, next_position)
             return hidden
@@ -665,7 +676,7 @@ class VLM(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop_ids: Iterable[int] | None = None,
+        stop_ids: Collection[int] | None = None,
     ) -> list[int]:
         """Read the prompt embeddings (1, T, E) and answer it token by token.
 
@@ -684,7 +695,7 @@ class VLM(nn.Module):
         would exceed the model's limit; ValueError while decoding, if the largest logit is not
         finite.
         """
-        check_sampling(max_new_tokens, temperature, top_p, seed)
+        check_sampling(max_new_tokens, temperature, top_p, seed, stop_ids)
         shape, E = tuple(embeddings.shape), self.config.text.width
         if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != E:
             raise ValueError(f"embeddings must be (1, T, {E}) with T at least 1, got {shape}")
@@ -715,15 +726,16 @@ class VLM(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop_ids: Iterable[int] | None = None,
+        stop_ids: Collection[int] | None = None,
     ) -> Iterator[int]:
         """Yield the answer's tokens one by one, each as soon as it is known. hidden (1, T, E): what
         `read` returned for the prompt; cache: holds the prompt; the others as for `generate`."""
         stop = set(self.config.stop_ids if stop_ids is None else stop_ids)
         generator = torch.Generator()  # its own, so that nobody else's draws change
-        generator.seed() if seed is None else generator.manual_seed(seed)
+        generator.seed() if seed is None else generator.manual_seed(int(seed))
         for number in range(1, max_new_tokens + 1):
-            logits = self.lm_head(hidden[0, -1])
+            with inference(self.device):
+                logits = self.lm_head(hidden[0, -1])
             if self.config.image_token_id < len(logits):
                 logits[self.config.image_token_id] = -torch.inf  # a placeholder is no answer
             token = sample(logits, temperature, top_p, generator)
@@ -748,19 +760,48 @@ class VLM(nn.Module):
         self.compiled = torch.compile(Decoder.forward, dynamic=True)
 
 
+class Stopwatch:
+    """Milliseconds per stage; `lap` ends one and begins the next, when the GPU has caught up."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.milliseconds = device, {}
+        self.last = self._now()
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        now = self._now()
+        self.milliseconds[stage] = now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return 1000 * time.perf_counter()
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+def check_sampling(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop_ids: Collection[int] | None = None,
+) -> None:
     """Raise ValueError for arguments of `VLM.generate` that mean nothing."""
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < 2**127:
+    if not isinstance(temperature, Real) or not 0 <= temperature < 2**127:
         raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
-    if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
+    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+    if seed is not None and (not isinstance(seed, Integral) or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
+    if stop_ids is not None and not (
+        isinstance(stop_ids, Collection) and all(isinstance(i, Integral) for i in stop_ids)
+    ):
+        raise ValueError(f"stop_ids must be token ids, got {stop_ids!r}")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -22,10 +22,11 @@ view may have an n of its own), V visual tokens in the cache, K chosen tokens (k
 A row of features has the width merge^2 C of model.py.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +34,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from checkpoints.processor import Processor, TextStream, View, open_picture
+from checkpoints.processor import Clip, Pictures, Processor, TextStream, View, pictures_of
 from kernels import attention_colsum, gather_keys_values, gather_tokens
-from model import VLM, KVCache, check_sampling
+from model import VLM, KVCache, Stopwatch, check_sampling, inference
 
 SPARE_ROWS = 256  # of a cache, for questions and answers; it grows when they are used up
 PerView = list[Tensor]  # one tensor for each view
@@ -303,33 +304,36 @@ class SparseVILA:
 
     def see(
         self,
-        images: str | Path | Image.Image | list[str | Path | Image.Image],
+        images: str | Path | Image.Image | list[str | Path | Image.Image] | Clip,
         *,
         fps: float | None = None,
     ) -> None:
-        """Encode, prune and prefill one picture or a list of pictures; forget everything before.
+        """Encode, prune and prefill a picture, a list of pictures or a clip; forget everything
+        before.
 
-        fps: frames per second, if the images are the frames of a clip; None for separate pictures.
-        The model's family decides which frames are shown, and how.
+        fps: frames per second, if a list holds the frames of a clip; None for separate pictures.
+        The model's family decides which frames are shown, and how; no others are opened.
 
         Raises: OSError or ValueError if an image cannot be opened; ValueError if fps is out of
         range, or if the kept tokens leave no position for a question; RuntimeError while `ask`
         runs. A call that fails leaves the session as it was.
         """
         self._check_idle()
-        images = images if isinstance(images, (list, tuple)) else [images]
-        if not images:
-            raise ValueError("images must hold at least one picture, got none")
         check_fps(fps)
+        if not isinstance(images, Clip):
+            images = Pictures(images if isinstance(images, (list, tuple)) else [images])
+            images = Clip.even(images, fps) if fps else images
+        if not len(pictures_of(images)):
+            raise ValueError("images must hold at least one picture, got none")
 
         # 1. Make views of the pictures: the family cuts them into tiles or samples frames.
-        views = self.processor.views([open_picture(image) for image in images], fps=fps)
+        views = self.processor.views(images)
         pixels = self.processor.pixels(views)
 
         # 2. Encode every view; the attention of the tower's last layer is the salience.
-        began_at = self._now()
+        watch = Stopwatch(self.model.device)
         features, salience = self.encode(pixels)
-        encoded_at = self._now()
+        watch.lap("vision")
 
         # 3. Prune (Algorithm 2), before any question is known. The method may be another's: its
         #    indices must be ascending, distinct and in [0, n).
@@ -339,7 +343,7 @@ class SparseVILA:
         for n, index in zip(sizes, kept, strict=True):
             if (index.diff(prepend=torch.tensor([-1]), append=torch.tensor([n])) <= 0).any():
                 raise ValueError(f"kept tokens must be ascending and below {n}, got {index}")
-        pruned_at = self._now()
+        watch.lap("prune")
 
         # 4. Lay out the prompt: text, and a placeholder for every kept token.
         ids, positions, next_position = self.processor.layout(views, sizes, kept, self.positions)
@@ -355,7 +359,7 @@ class SparseVILA:
         visual = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]  # rows
         cache = self.new_cache(visual.to(self.model.device), capacity=len(ids) + SPARE_ROWS)
         self.model.read(embeddings, cache, positions=positions, next_position=next_position)
-        read_at = self._now()
+        watch.lap("prefill")
 
         # 6. Replace the session's state, only now that nothing can fail.
         stats = {
@@ -363,13 +367,10 @@ class SparseVILA:
             "views": len(views),
             "visual_tokens": {"encoded": sum(sizes), "kept": V, "attended": None},
             "text_tokens": len(ids) - V,
-            "milliseconds": {
-                "vision": encoded_at - began_at,
-                "prune": pruned_at - encoded_at,
-                "prefill": read_at - pruned_at,
-            },
+            "milliseconds": watch.milliseconds,
         }
-        self.cache, self.views, self.kept, self.stats, self._turns = cache, views, kept, stats, []
+        # (One call, for Ctrl-C may come between two assignments.)
+        vars(self).update(cache=cache, views=views, kept=kept, stats=stats, _turns=[])
 
     def ask(
         self,
@@ -379,60 +380,61 @@ class SparseVILA:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop_ids: Collection[int] = (),
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer a question about what was seen.
 
-        on_text is called with every new piece of text; the pieces together are `Answer.text`. The
-        other arguments are those of `VLM.generate`. A call that fails or is interrupted leaves the
-        session as it was. Raises: RuntimeError before `see` and inside `on_text`; ValueError for an
-        empty question, arguments out of range, or a question and answer that do not fit into the
-        model's context.
+        stop_ids end the answer as well as the checkpoint's and the token that closes a turn of the
+        prompt. on_text is called with every new piece of text; the pieces together are
+        `Answer.text`. The other arguments are those of `VLM.generate`. A call that fails or is
+        interrupted leaves the session as it was. Raises: RuntimeError before `see` and inside
+        `on_text`; ValueError for an empty question, arguments out of range, or a question and
+        answer that do not fit into the model's context.
         """
         # 0. Refuse what cannot be answered, before anything is written.
         if self.cache is None:
             raise RuntimeError("nothing to ask about: call see(images) first")
         check_question(question)
         self._check_idle()
-        check_sampling(max_new_tokens, temperature, top_p, seed)
+        check_sampling(max_new_tokens, temperature, top_p, seed, stop_ids)
         model, cache = self.model, self.cache
         turns, stats, start = self._turns, self.stats, cache.length
         unread = turns[-1].unread if turns else []
         ids = unread + self.processor.question(question.strip(), first=not turns, views=self.views)
         model.check_room(cache, len(ids), max_new_tokens)
+        closing = {*model.config.stop_ids, *self.processor.stop_ids}
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        sampling["stop_ids"] = {*closing, *stop_ids}
         text, tokens = TextStream(self.processor, on_text), []
+        chosen = ("relevance", "retrieved", "packed")  # by the last question
+        last = {name: copy(x) for name, x in vars(cache).items() if name in chosen}
         try:
             self._busy = True
             # 1. Question: read it against everything that was kept; the cache scores it.
-            began_at = self._now()
+            watch = Stopwatch(model.device)
             cache.start_question()
             hidden = model.read(model.embed(ids), cache)
-            asked_at = self._now()
+            watch.lap("question")
 
             # 2. Retrieve (Algorithm 3): select and pack, in every layer.
             cache.start_answer()
-            packed_at = self._now()
+            watch.lap("retrieve")
 
             # 3. Decode. The first token follows from the question, the others from what was packed.
             for token in model.decode(hidden, cache, max_new_tokens=max_new_tokens, **sampling):
                 tokens.append(token)
                 text.add(token)
-            decoded_at = self._now()
+            watch.lap("decode")
             text.finish()
 
             # 4. Keep the turn, or evict it (Algorithm 4). The last token was generated, not read. A
             #    stop token is written again by the template, before the next question; any other is
             #    read together with that question.
-            timings = {
-                "question": asked_at - began_at,
-                "retrieve": packed_at - asked_at,
-                "decode": decoded_at - packed_at,
-            }
-            answer = self._answer(text.text, tokens, start + len(ids), timings)
+            answer = self._answer(text.text, tokens, start + len(ids), watch.milliseconds)
             attended = [len(chosen) for chosen in answer.retrieved]
             self.stats = stats | {"visual_tokens": stats["visual_tokens"] | {"attended": attended}}
-            unread = [] if tokens[-1] in model.config.stop_ids else tokens[-1:]
+            unread = [] if tokens[-1] in closing else tokens[-1:]
             self._turns, self._busy = [*turns, _Turn(start, unread)], False
             if self.protocol == "evaluation":
                 self.forget()
@@ -440,6 +442,7 @@ class SparseVILA:
         except BaseException:
             self._turns, self.stats, self._busy = turns, stats, False
             cache.truncate(start)
+            vars(cache).update(last)
             raise
 
     def forget(self) -> None:
@@ -457,14 +460,14 @@ class SparseVILA:
 
     cache_type = RetrievalCache
 
-    @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:
         """Features (n, width) and salience (n,) of every view, for the pixels of every view."""
         tower, features, salience = self.model.vision_tower, [], []
-        for batch in self.model.batches(pixels):
-            states, q, k = tower(batch, attention_layer=-1)
-            features.extend(tower.merge(states[:, tower.summary_tokens :]))  # one entry per view
-            salience.extend(merge_salience(self.salience(q, k), tower.merge))
+        with inference(self.model.device):
+            for batch in self.model.batches(pixels):
+                states, q, k = tower(batch, attention_layer=-1)
+                features.extend(tower.merge(states[:, tower.summary_tokens :]))  # a view each
+                salience.extend(merge_salience(self.salience(q, k), tower.merge))
         return features, salience
 
     def salience(self, q: Tensor, k: Tensor) -> Tensor:
@@ -488,12 +491,6 @@ class SparseVILA:
         row_bytes = self.cache.k[0][:, :, 0].nbytes + self.cache.v[0][:, :, 0].nbytes
         rows_over_layers = sum(rows_read - kept + len(chosen) for chosen in retrieved)
         return Answer(text, tokens, retrieved, timings, row_bytes * rows_over_layers)
-
-    def _now(self) -> float:
-        """Milliseconds, when the GPU has caught up."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return 1000 * time.perf_counter()
 
     def _check_idle(self) -> None:
         if self._busy:
@@ -524,7 +521,7 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
     scores (..., n) float -> (..., keep) int64. The choice at a smaller keep is a subset of that at
     a larger one. Raises: ValueError for NaN and for keep outside [0, n].
     """
-    if type(keep) is not int or not 0 <= keep <= scores.shape[-1]:
+    if not isinstance(keep, Integral) or not 0 <= keep <= scores.shape[-1]:
         raise ValueError(f"keep must be an integer in [0, {scores.shape[-1]}], got {keep!r}")
     if scores.isnan().any():
         raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN")
@@ -540,16 +537,17 @@ def keep_count(n: int, sparsity: float) -> int:
     an integer of at least 0, or a sparsity outside [0, 1). Source: our choice; the paper keeps what
     exceeds the quantile `sparsity`, a count that ties change and that at sparsity 0 is n - 1.
     """
-    if type(n) is not int or n < 0:
+    if not isinstance(n, Integral) or n < 0:
         raise ValueError(f"n must be an integer of at least 0, got {n!r}")
     check_sparsity("sparsity", sparsity)
-    dropped = int(Fraction(sparsity).limit_denominator(10**9) * n)
+    fraction = Fraction(str(+sparsity)).limit_denominator(10**9)  # str: numpy's 0.9, too
+    dropped = int(fraction * n)
     return max(n - dropped, min(n, 1))  # a sparsity within 1e-9 of 1 was rounded to 1
 
 
 def check_sparsity(name: str, sparsity: float) -> None:
     """Raise ValueError for a sparsity outside [0, 1)."""
-    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"{name} must be in [0, 1), got {sparsity!r}")
 
 
@@ -561,7 +559,7 @@ def check_question(question: str) -> None:
 
 def check_fps(fps: float | None) -> None:
     """Raise ValueError unless fps is None or frames per second that a clip may have."""
-    if fps is not None and (not isinstance(fps, (int, float)) or not 1e-6 <= fps < 2**31):
+    if fps is not None and (not isinstance(fps, Real) or not 1e-6 <= fps < 2**31):
         raise ValueError(f"fps must be a number from 1e-6 to 2e9 or None, got {fps!r}")
 
 

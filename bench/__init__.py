@@ -20,7 +20,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -101,22 +100,3 @@ def report(result: dict, show: Callable, draw: Callable, arguments: argparse.Nam
     finally:  # even if nobody reads on
         if arguments.figure:
             draw(result, arguments.figure)
-
-
-class Stopwatch:
-    """Milliseconds per stage; `lap` ends one and begins the next, when the GPU has caught up."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.milliseconds = device, {}
-        self.last = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """End a stage."""
-        now = self._now()
-        self.milliseconds[stage] = 1000 * (now - self.last)
-        self.last = now

@@ -6,6 +6,7 @@ Times depend on shapes, not on what the weights say. Axes as in model.py.
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,8 +178,10 @@ class NoiseProcessor(Processor):
         self.noise = torch.randn(pictures, 3, S, S, generator=noise)
         self.config, self.image_token_id = config, config.image_token_id
 
-    def views(self, pictures: list, fps: float | None = None) -> list[View]:
-        return [View(picture, number) for number, picture in enumerate(pictures)]
+    stop_ids = ()
+
+    def views(self, pictures: Sequence) -> list[View]:
+        return [View(None, number) for number in range(len(pictures))]
 
     def pixels(self, views: list[View]) -> Tensor:
         return self.noise

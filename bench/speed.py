@@ -21,11 +21,10 @@ from torch import Tensor
 import sparsevila
 from checkpoints.weights import usable_device
 from kernels import decode_attention
-from model import VLM, KVCache
+from model import VLM, KVCache, Stopwatch
 from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
 
 from . import (
-    Stopwatch,
     add_report_arguments,
     check_figure,
     machine,

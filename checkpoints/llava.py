@@ -4,12 +4,14 @@ Source: the files of llava-hf/llava-1.5-7b-hf, and CLIP's and LLaVA's processors
 transformers, whose resizing this repeats in Pillow.
 """
 
+from collections.abc import Sequence
+
 from PIL import Image
 
 from model import ACTIVATIONS, Config
 
 from . import networks, processor, values
-from .processor import View
+from .processor import Clip, View
 from .values import Folder
 
 MODEL_TYPES = ("llava",)
@@ -65,7 +67,8 @@ class Processor(processor.Processor):
         clip = str(settings.get("image_processor_type")).startswith("CLIP")
         self.pad = False if clip else values.flag(settings, "do_pad", False)
 
-    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
+    def views(self, pictures: Sequence[Image.Image] | Clip) -> list[View]:
+        pictures = processor.pictures_of(pictures)
         return [View(self._square(picture), number) for number, picture in enumerate(pictures)]
 
     def _square(self, picture: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ TOWERS = {
 DECODERS = {
     "llama": TextConfig(),
     "mistral": TextConfig(mlp=14336, kv_heads=8, max_positions=131072),
-    "qwen2": TextConfig(mlp=22016, max_positions=32768, qkv_bias=True),
+    "qwen2": TextConfig(vocab=151936, mlp=22016, max_positions=32768, qkv_bias=True),
 }
 
 
@@ -75,8 +75,6 @@ def text_config(raw: dict) -> TextConfig:
     default = DECODERS[kind]
 
     # 1. Refuse what is not implemented.
-    if section.get("sliding_window") and section.get("use_sliding_window", kind == "mistral"):
-        raise ValueError("sliding-window attention is not supported")
     if section.get("hidden_act", "silu") != "silu":
         raise ValueError(f"the decoder's hidden_act must be 'silu', got {section['hidden_act']!r}")
 
@@ -106,7 +104,7 @@ def text_config(raw: dict) -> TextConfig:
         eps=values.number(section, "rms_norm_eps", default.eps),
         rope_theta=values.number(section | rope, "rope_theta", default.rope_theta),
         rope_factor=factor,
-        max_positions=int(positions * factor),
+        max_positions=min(int(positions * factor), sliding_window(section, kind)),
         qkv_bias=default.qkv_bias,
         tied=values.flag(raw, "tie_word_embeddings", False)
         or values.flag(section, "tie_word_embeddings", False),
@@ -119,6 +117,16 @@ def text_config(raw: dict) -> TextConfig:
             f"got {text.kv_heads}, {text.heads} and {text.head_dim}"
         )
     return text
+
+
+def sliding_window(section: dict, kind: str) -> int:
+    """How many positions a row sees in the layers that see fewest; 2**28 where all see everything.
+    Up to that many, attention with a window is full attention, so that model.py needs none."""
+    if kind == "qwen2" and not values.flag(section, "use_sliding_window", False):
+        return 2**28
+    if kind == "llama" or section.get("sliding_window", 0) is None:
+        return 2**28
+    return values.size(section, "sliding_window", 4096, most=2**28)
 
 
 def image_token_id(raw: dict, default: int) -> int:

@@ -14,14 +14,16 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import accumulate
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageMath, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageMath, ImageOps, UnidentifiedImageError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
@@ -141,16 +143,13 @@ class Processor:
 
     # --- pictures
 
-    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
-        """What the model sees of upright RGB pictures, in order.
-
-        fps: None for separate pictures; for the frames of a clip, how many there are in a second. A
-        family may then take some of the frames. A family that knows no clips takes all as pictures.
-        """
+    def views(self, pictures: "Sequence[Image.Image] | Clip") -> list[View]:
+        """What the model sees of upright RGB pictures, in order. Of a clip a family may take some
+        of the frames; one that knows no clips takes all as pictures."""
         size = (self.image_size, self.image_size)
         return [
             View(picture.resize(size, self.resample), number)
-            for number, picture in enumerate(pictures)
+            for number, picture in enumerate(pictures_of(pictures))
         ]
 
     def pixels(self, pictures: list[Image.Image] | list[View]) -> Tensor | list[Tensor]:
@@ -215,7 +214,9 @@ class Processor:
         views = _whole(len(counts)) if views is None else views
         # The text after the last picture belongs to the first question, see `question`.
         before, *after = (self._start + self._text(views)).split("{image}")
-        ids = self._bos_ids + self._encode(before, start=True)
+        ids = self._encode(before, start=True)
+        begin = [i for i in self._begin_ids if i not in {*self.config.stop_ids, *self.stop_ids}]
+        ids = ids if ids[: len(begin)] == begin else begin + ids  # the template may have its own
         for count, text in zip(counts, [*after[:-1], ""], strict=True):
             ids += [self.image_token_id] * count + list(self.end_of_view) + self._encode(text)
         return ids
@@ -229,8 +230,15 @@ class Processor:
         return self._encode(after + self._lead + "{question}" + self._reply, text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without special tokens and leading white space."""
-        return self.tokenizer.decode(ids).lstrip()
+        """The text of token ids, without special tokens and leading white space. Bytes that are no
+        character become U+FFFD as in Python's errors="replace"."""
+        whole: list[int] = []
+        for is_byte, run in groupby(ids, self._bytes.__contains__):
+            if is_byte:  # tokenizers gives up a whole run for one bad byte
+                text = bytes(self._bytes[i] for i in run).decode(errors="replace")
+                run = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode())
+            whole += run
+        return self.tokenizer.decode(whole).lstrip()
 
     def _text(self, views: list[View]) -> str:
         """The text that stands for the views, {image} for each."""
@@ -257,7 +265,13 @@ class Processor:
         self._plain_at_start = Tokenizer.from_str(plain)  # some mark the start of a text by a space
         plain = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
         self._plain = Tokenizer.from_str(plain)
-        self._bos_ids = tokenizer.encode("").ids  # begin of text, where the family has it
+        # What the tokenizer puts before any text: begin of text, where the family has it.
+        text, marked = (tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
+        starts = (n for n in range(len(marked)) if marked[n : n + len(text)] == text)
+        self._begin_ids = marked[: next(starts, 0)]
+        bytes_of = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        falls_back = '"ByteFallback"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+        self._bytes = bytes_of if falls_back and len(bytes_of) == 256 else {}
 
     def set_template(self, template: str) -> None:
         """Raises: ValueError for a template that is not a conversation of two turns."""
@@ -272,6 +286,9 @@ class Processor:
             raise ValueError(f"a prompt template must not hold {image!r}, got {template!r}")
         # _start{image}_lead{question}_reply{answer}_close{question}_last
         self._start, self._lead, self._reply, self._close, self._last = parts[::2]
+        # The special token that closes a turn ends an answer, whatever the files call the end.
+        closing = self._special.match(self._close)
+        self.stop_ids = (self.tokenizer.token_to_id(closing.group()),) if closing else ()
 
     def _encode(self, template: str, question: str = "", *, start: bool = False) -> list[int]:
         """Ids of a template: its own special tokens are commands, everything in the question is
@@ -327,64 +344,183 @@ class TextStream:
 # --- opening pictures -----------------------------------------------------------------------------
 
 
+class Pictures(Sequence):
+    """Pictures that are opened when they are asked for, so that few of them are in memory at once.
+
+    sources: paths or Pillow images, see `open_picture`.
+    """
+
+    def __init__(self, sources: Sequence[str | Path | Image.Image]):
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, number: int) -> Image.Image:
+        return open_picture(self.sources[number])
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The frames of a clip and when they come: frame n from tick begins[n] on, the last one until
+    tick `end`; `rate` ticks are a second."""
+
+    frames: Sequence[Image.Image]
+    begins: Sequence[float]  # ascending
+    end: float
+    rate: float
+
+    @classmethod
+    def even(cls, frames: Sequence[Image.Image], fps: float) -> "Clip":
+        """Frames of equal length, `fps` of them in a second."""
+        return cls(frames, range(len(frames)), len(frames), fps)
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.end / self.rate
+
+    def second(self, number: int) -> float:
+        """When frame `number` comes."""
+        return self.begins[number] / self.rate
+
+    def place(self, tick: float) -> float:
+        """What is shown at a tick: 2.5 is the middle of frame 2, wherever the others begin."""
+        number = bisect_right(self.begins, tick) - 1
+        begin, after = self.begins[number], [*self.begins[number + 1 : number + 2], self.end][0]
+        return number + (tick - begin) / ((after - begin) or 1)
+
+
+def pictures_of(pictures: Sequence[Image.Image] | Clip) -> Sequence[Image.Image]:
+    """The frames of a clip, or the pictures themselves."""
+    return pictures.frames if isinstance(pictures, Clip) else pictures
+
+
+class Animation(Sequence):
+    """The frames of an animated file, decoded one by one as they are asked for.
+
+    durations: milliseconds, 0 where the file does not say. Raises: like `open_picture`; for more
+    than `MOST_PICTURES` times Pillow's limit of pixels, all frames together, before any is decoded.
+    """
+
+    def __init__(self, path: str | Path):
+        _check_file(path)
+        self.path, self.durations = path, []
+        with _readable(path):
+            self.file = _open(path)
+            cover = bool(self.file.info.get("default_image"))  # an APNG's, not part of the clip
+            self.first, limit = int(cover), Image.MAX_IMAGE_PIXELS
+            count = getattr(self.file, "n_frames", 1) - self.first
+            if limit and count * self.file.width * self.file.height > MOST_PICTURES * limit:
+                raise Image.DecompressionBombError(
+                    f"{count} frames of {self.file.width} x {self.file.height} exceed limit "
+                    f"{MOST_PICTURES * limit}"
+                )
+            for number in range(count):
+                self._seek(number)
+                self.durations.append(self.file.info.get("duration", 0))
+
+    def _seek(self, number: int) -> None:
+        if self.first + number < self.file.tell():  # Pillow's way back fails for some APNGs
+            self.file = _open(self.path)
+        self.file.seek(self.first + number)
+        limit = Image.MAX_IMAGE_PIXELS  # Pillow itself checks the first frame only
+        if limit and self.file.width * self.file.height > limit:
+            raise Image.DecompressionBombError(f"frame {number + 1} exceeds limit {limit}")
+        self.file.load()  # WebP knows the duration only now
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    def __getitem__(self, number: int) -> Image.Image:
+        number = range(len(self))[number]
+        with _readable(self.path):
+            self._seek(number)
+            return _upright_rgb(self.file.copy())
+
+
+MOST_PICTURES = 8  # the pixels of a whole clip, in pictures of Pillow's limit
+# Pillow reads more, some of it by starting other programs.
+FORMATS = "AVIF BMP GIF ICO JPEG JPEG2000 PNG PPM TGA TIFF WEBP".split()
+
+
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
-    """A picture as upright 8-bit RGB: a path, or a Pillow image of any mode.
+    """A picture as upright 8-bit RGB: a path, or a Pillow image of any mode, which is returned as
+    it is if it is that already.
 
     Transparent parts become white, 16-bit values lose their low byte, EXIF rotation is applied.
-    Raises: ValueError or OSError for what Pillow cannot read, for an empty picture, for
-    floating-point pixels (their range is not in the file), and for a file with more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    Raises: ValueError or OSError for what is not one of `FORMATS`, for a damaged or an empty
+    picture, for pixels whose range is not in the file (floating-point, 32-bit integers), and for a
+    file with more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source)
-    with _opened(source) as image:
+        with _readable(f"a picture of mode {source.mode}"):
+            return _upright_rgb(source)
+    _check_file(source)
+    with _readable(source), _open(source) as image:
+        image.load()
         return _upright_rgb(image)
 
 
-def open_clip(path: str | Path) -> tuple[list[Image.Image], float | None]:
-    """The frames of an animated picture, each as `open_picture` gives it, and how many there are in
-    a second, None if the file does not say. Raises: like `open_picture`."""
-    frames, milliseconds = [], 0
-    with _opened(path) as animation:
-        pages = ImageSequence.Iterator(animation)
-        if animation.info.get("default_image"):  # an APNG's cover, which is not part of the clip
-            next(pages)
-        for frame in pages:
-            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself checks the first frame only
-            if limit and frame.width * frame.height > limit:
-                raise Image.DecompressionBombError(f"frame {len(frames) + 1} exceeds limit {limit}")
-            frames.append(_upright_rgb(frame))
-            milliseconds += frame.info.get("duration", 0)
-    return frames, 1000 * len(frames) / milliseconds if milliseconds else None
+def open_clip(path: str | Path) -> Clip:
+    """The frames of an animated picture and their times; one a second if the file does not say.
+    Raises: like `open_picture` and `Animation`."""
+    frames = Animation(path)
+    *begins, end = accumulate(frames.durations, initial=0)
+    if end == 0:
+        return Clip.even(frames, 1.0)
+    if len(set(frames.durations)) == 1:
+        return Clip.even(frames, 1000 * len(frames) / end)
+    return Clip(frames, begins, end, 1000)
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """An open picture file; anything that Pillow raises on a bad one becomes one clear error."""
+def _check_file(path: str | Path) -> None:
     if not isinstance(path, (str, Path)):
         raise ValueError(f"a picture must be a path or a Pillow image, got {type(path).__name__}")
     if not Path(path).is_file():  # a pipe would be waited for
-        what = f"{path} is not a regular file" if Path(path).exists() else f"no picture {path}"
-        raise FileNotFoundError(what)
+        found = f"{path} is not a regular file" if Path(path).exists() else f"no picture {path}"
+        raise FileNotFoundError(found)
+
+
+def _open(path: str | Path) -> Image.Image:
+    """A file whose header has been read."""
+    Image.init()
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+class _Refused(ValueError):
+    """Pillow can read it, we do not."""
+
+
+@contextmanager
+def _readable(what: str | Path) -> Iterator[None]:
+    """Within, anything that Pillow raises becomes one clear error about `what`; its warnings are
+    not shown."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+            yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{what}: {error}") from None
+    except _Refused as error:
+        raise ValueError(f"{what}: {error}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that Pillow can read") from None
+        raise ValueError(f"{what} is not a picture, or none of {', '.join(FORMATS)}") from None
     except Exception as error:  # damaged files make Pillow raise almost anything
-        raise ValueError(f"{path} cannot be read: {error!r}") from None
+        raise ValueError(f"{what} cannot be read: {error!r}") from None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Raises: ValueError, and whatever Pillow raises."""
     if 0 in image.size:
-        raise ValueError(f"a picture must have pixels, got {image.width} x {image.height}")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range, convert them to 8 bits")
-    image = ImageOps.exif_transpose(image)
+        raise _Refused(f"a picture must have pixels, got {image.width} x {image.height}")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise _Refused(f"{kind} pixels have no known range, convert them to 8 bits")
+    with suppress(Exception):  # a damaged Exif block, of which Pillow may raise anything
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, in a 16- or 32-bit container
         wide, clear = image.convert("I"), image.info.get("transparency")
         image = wide.point(lambda value: value * (1 / 256)).convert("L")
@@ -392,11 +528,13 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         if clear is not None:  # one 16-bit value means transparent
             mask = ImageMath.lambda_eval(lambda of: (of["wide"] == clear) * 255, wide=wide)
             image.paste(255, mask=mask.convert("L"))
+    if image.mode == "La":  # gray, multiplied by its opacity
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # --- what families do to pictures -----------------------------------------------------------------
@@ -450,13 +588,19 @@ def evenly_spaced(first: int, last: int, count: int) -> list[float]:
 
 
 def picture_settings(folder: Folder) -> dict:
-    """The settings for pictures; newer transformers write them into processor_config.json."""
-    for settings in folder.read("preprocessor_config.json"):
-        return settings
-    for newer in folder.read("processor_config.json"):
-        if isinstance(newer.get("image_processor"), dict):
-            return newer["image_processor"]
-    raise FileNotFoundError(f"no preprocessor_config.json in {folder.path}")
+    """The settings for pictures, and under "video_processor" those for clips, where they stand
+    apart: of the sections of processor_config.json or else of a file each, as in transformers."""
+    newer = folder.read("processor_config.json")
+    images, clips = (
+        [section for raw in newer if isinstance(section := raw.get(name), dict)] + folder.read(file)
+        for name, file in (
+            ("image_processor", "preprocessor_config.json"),
+            ("video_processor", "video_preprocessor_config.json"),
+        )
+    )
+    if not images:
+        raise FileNotFoundError(f"no preprocessor_config.json in {folder.path}")
+    return images[0] | ({"video_processor": clips[0]} if clips else {})
 
 
 def read_tokenizer(folder: Folder) -> Tokenizer:

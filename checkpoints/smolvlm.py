@@ -6,6 +6,7 @@ whose resizing this repeats in Pillow. Axes as in processor.py.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from model import ACTIVATIONS, Config
 
 from . import networks, processor, values
-from .processor import View
+from .processor import Clip, View
 from .values import Folder
 
 MODEL_TYPES = ("idefics3", "smolvlm")
@@ -61,25 +62,30 @@ class Processor(processor.Processor):
         self.image_size = values.edge(settings, self.size_key, {"longest_edge"})
         self.longest_edge = values.edge(settings, "size", {"longest_edge"}, most=4096)
         self.split = values.flag(settings, "do_image_splitting", True)
-        video = settings.get("video_sampling")
+        video = settings.get("video_processor", settings)
+        if "num_frames" in video:  # newer files have the sampling's settings twice, or only so
+            sizes = {"max_frames": video["num_frames"], "video_size": video.get("size")}
+            video = {"video_sampling": {"fps": video.get("fps")} | sizes}
+        video = video.get("video_sampling")
         self.clip_frames = self.clip_fps = None  # SmolVLM: frames are pictures
         if isinstance(video, dict):
             self.clip_frames = values.size(video, "max_frames", 64)
             self.clip_fps = values.number(video, "fps", 1)
             self.clip_edge = values.edge(video, "video_size", {"longest_edge"}, most=4096)
 
-    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
-        if fps is None:
+    def views(self, pictures: Sequence[Image.Image] | Clip) -> list[View]:
+        if not isinstance(pictures, Clip):
             views = (self._cut(picture, number) for number, picture in enumerate(pictures))
             return [view for of_one in views for view in of_one]
+        clip = pictures
         if self.clip_fps is None:
-            return [View(self._squash(p, self.longest_edge), n) for n, p in enumerate(pictures)]
+            return [View(self._squash(p, self.longest_edge), n) for n, p in enumerate(clip.frames)]
         return [
             View(
-                self._squash(pictures[index], self.clip_edge), number,
-                second=index / fps, duration=len(pictures) / fps,
+                self._squash(clip.frames[frame], self.clip_edge), number,
+                second=clip.second(frame), duration=clip.duration,
             )
-            for number, index in enumerate(self._sampled(len(pictures), fps))
+            for number, frame in enumerate(self._sampled(clip))
         ]  # fmt: skip
 
     def _cut(self, picture: Image.Image, number: int) -> list[View]:
@@ -118,17 +124,17 @@ class Processor(processor.Processor):
         S = self.image_size
         return self._longest(picture, longest).resize((S, S), self.resample)
 
-    def _sampled(self, frames: int, fps: float) -> list[int]:
-        """Which frames are shown: `clip_fps` in a second, `clip_frames` at most, evenly spread. Of
-        a long clip, by transformers' rule, the first and the last second are left out."""
-        duration = frames / fps
-        wanted = max(1, min(round(self.clip_fps * duration), self.clip_frames))
-        first, last = 0, frames - 1
-        if duration - 2 > self.clip_frames * self.clip_fps:
-            first, last = int(fps), min(int(frames - fps), frames - 1)
+    def _sampled(self, clip: Clip) -> list[int]:
+        """Which frames are shown: `clip_fps` in a second, `clip_frames` at most, evenly spread in
+        time. Of a long clip, by transformers' rule, the first and the last second are left out."""
+        wanted = max(1, min(round(self.clip_fps * clip.duration), self.clip_frames))
+        first, last = 0, clip.begins[-1]
+        if clip.duration - 2 > self.clip_frames * self.clip_fps:
+            first, last = int(clip.rate), min(int(clip.end - clip.rate), last)
         if first >= last:
-            first, last = 0, frames - 1
-        return sorted({int(at) for at in processor.evenly_spaced(first, last, wanted)})
+            first, last = 0, clip.begins[-1]
+        ticks = processor.evenly_spaced(first, last, wanted)
+        return sorted({int(clip.place(tick)) for tick in ticks})
 
     def _text(self, views: list[View]) -> str:
         fake, texts = "<fake_token_around_image>", []

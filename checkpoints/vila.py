@@ -6,6 +6,7 @@ VILA's public code. Axes as in processor.py.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from model import ACTIVATIONS, Config
 
 from . import networks, processor, values
-from .processor import View
+from .processor import Clip, View
 from .values import Folder
 
 MODEL_TYPES = ("llava_llama", "llava_qwen2", "vila", "nvila", "nvila_lite")
@@ -125,17 +126,18 @@ class Processor(processor.Processor):
             if "Basic" not in str(encoder) or "_tokens" in str(encoder):
                 raise ValueError(f"{key} must be VILA's basic one, got {encoder!r}")
 
-    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
-        if fps is None and len(pictures) == 1 and self.shape == "dynamic":
+    def views(self, pictures: Sequence[Image.Image] | Clip) -> list[View]:
+        if isinstance(pictures, Clip):
+            clip, last = pictures, pictures.begins[-1]
+            spread = processor.evenly_spaced(0, last, self.clip_frames)
+            sampled = [round(clip.place(tick)) for tick in spread]
+            return [
+                View(self._squash(clip.frames[frame]), number, second=clip.second(frame))
+                for number, frame in enumerate(sampled)
+            ]
+        if len(pictures) == 1 and self.shape == "dynamic":
             return self._cut(pictures[0])
-        if fps is None:
-            return [View(self._squash(picture), number) for number, picture in enumerate(pictures)]
-        spread = processor.evenly_spaced(0, len(pictures) - 1, self.clip_frames)
-        sampled = [round(at) for at in spread]
-        return [
-            View(self._squash(pictures[index]), number, second=index / fps)
-            for number, index in enumerate(sampled)
-        ]
+        return [View(self._squash(picture), number) for number, picture in enumerate(pictures)]
 
     def _squash(self, picture: Image.Image) -> Image.Image:
         if self.shape == "pad":

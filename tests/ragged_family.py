@@ -5,6 +5,7 @@ three positions (time, row, column) as in Qwen2.5-VL's M-RoPE. `write_checkpoint
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints import processor, values
-from checkpoints.processor import Layout, View
+from checkpoints.processor import Clip, Layout, View
 from checkpoints.values import Folder
 from checkpoints.weights import hub_names, translate
 from model import VLM, Config, TextConfig, VisionBlock, VisionConfig
@@ -71,7 +72,8 @@ class Processor(processor.Processor):
     def read_settings(self, settings: dict) -> None:
         self.image_size = PATCH
 
-    def views(self, pictures: list[Image.Image], *, fps: float | None = None) -> list[View]:
+    def views(self, pictures: Sequence[Image.Image] | Clip) -> list[View]:
+        pictures = processor.pictures_of(pictures)
         sizes = [tuple(PATCH * min(max(s // PATCH, 1), 8) for s in p.size) for p in pictures]
         return [View(p.resize(s), number) for number, (p, s) in enumerate(zip(pictures, sizes))]
 

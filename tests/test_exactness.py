@@ -5,6 +5,7 @@ that it shares no code with the session it is compared to.
 """
 
 import math
+import sys
 
 import pytest
 import torch
@@ -248,6 +249,14 @@ def test_forget_takes_back_one_turn_at_a_time(tiny, board):
     assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[3]) for s in (session, other)))
 
 
+def public(cache):
+    """Copies of what a RetrievalCache tells of the last question."""
+    packed = [cache.packed] if cache.packed else []  # evicted with its turn under "evaluation"
+    tensors = [*cache.relevance, *cache.retrieved]
+    tensors += [x for cache in packed for x in (*cache.k, *cache.v, torch.tensor(cache.filled))]
+    return [x.clone() for x in tensors]
+
+
 class Stop(BaseException):
     """Like KeyboardInterrupt, but not one that pytest would act upon."""
 
@@ -262,6 +271,7 @@ def test_an_interrupted_ask_leaves_the_session_as_it_was(shape, options, when, d
         s.see(random_pictures(shape["seed"], 2))
         s.ask(QUESTIONS[0], max_new_tokens=3)
     stats, length = session.stats, session.cache.length
+    last = public(session.cache)
     calls = iter(range(when, -1, -1))
 
     def interrupt(*_):
@@ -274,12 +284,53 @@ def test_an_interrupted_ask_leaves_the_session_as_it_was(shape, options, when, d
         session.ask(QUESTIONS[1], max_new_tokens=8)
     except Stop:
         assert session.stats == stats and session.cache.length == length
+        now = public(session.cache)
+        assert all(same_bits(a, b) for a, b in zip(now, last, strict=True))
     else:
         raise AssertionError("the question was read and answered in so few calls?")
     finally:
         for hook in hooks:
             hook.remove()
     assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[2]) for s in (session, other)))
+
+
+def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, board):
+    """At each of the last instructions of Python's own machine, where Ctrl-C may come."""
+
+    def see(session, stop_at=None):
+        """Count the instructions of `see`, and stop at that one."""
+        count = 0
+
+        def at(frame, event, _):
+            nonlocal count
+            count += event == "opcode"
+            if event == "opcode" and count == stop_at:
+                raise Stop
+            return at
+
+        def enter(frame, *_):
+            if frame.f_code is not SparseVILA.see.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            return at
+
+        sys.settrace(enter)
+        try:
+            session.see(random_pictures(0, 1, side=160))
+        finally:
+            sys.settrace(None)
+        return count
+
+    total = see(SparseVILA(*tiny))
+    assert total > 200
+    for stop_at in range(total - 60, total + 1):
+        session = SparseVILA(*tiny)
+        session.see(board)
+        before = {name: id(value) for name, value in vars(session).items()}
+        with pytest.raises(Stop):
+            see(session, stop_at)
+        changed = {name for name, value in vars(session).items() if id(value) != before[name]}
+        assert changed in (set(), {"cache", "views", "kept", "stats", "_turns"})
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from bench import __main__ as bench
 from bench import random_models
 from checkpoints import load, load_model, load_processor, open_folder, vila
-from checkpoints.processor import View, read_tokenizer
+from checkpoints.processor import Clip, View, read_tokenizer
 from checkpoints.smolvlm import in_words
 from checkpoints.values import Folder
 from checkpoints.weights import hub_names, translate, weight_files
@@ -151,7 +153,7 @@ def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour():
 def test_vila_shows_frames_evenly_spread():
     processor = load_processor(GOLDEN / "nvila")
     frames = [Image.new("RGB", (9, 9), (n, 0, 0)) for n in range(11)]
-    views = processor.views(frames, fps=2.0)
+    views = processor.views(Clip.even(frames, 2.0))
     assert [view.second for view in views] == [0, 1.5, 3.5, 5]  # frames 0, 3, 7, 10 (6.67 up)
     assert [view.picture.getpixel((4, 4))[0] for view in views] == [0, 3, 7, 10]
 
@@ -474,3 +476,29 @@ def test_loading_takes_little_more_memory_than_the_checkpoint():
     assert run.returncode == 0, run.stderr
     numbers = {line.split()[0]: line.split()[1] for line in run.stdout.split("\n")[1:] if line}
     assert 2000 < int(numbers["checkpoint"]) < int(numbers["peak"]) < int(numbers["limit"])
+
+
+@pytest.mark.parametrize("only", ["video_sampling", "num_frames"])
+@pytest.mark.parametrize("file", ["processor_config.json", "video_preprocessor_config.json"])
+def test_settings_for_clips_are_found_where_transformers_writes_them(tmp_path, file, only):
+    """As transformers 5.24 saves a processor: pictures and clips apart, the sampling twice."""
+    folder = shutil.copytree(GOLDEN / "smolvlm2", tmp_path / "copy")
+    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    sampling = pictures.pop("video_sampling")
+    clips = SmolVLMVideoProcessor(video_sampling=sampling, max_image_size={"longest_edge": 32})
+    clips = json.loads(clips.to_json_string())
+    for key in ("num_frames", "fps", "size") if only == "video_sampling" else ("video_sampling",):
+        del clips[key]
+    if file == "processor_config.json":
+        (folder / "preprocessor_config.json").unlink()
+        (folder / file).write_text(
+            json.dumps({"image_processor": pictures, "video_processor": clips})
+        )
+    else:
+        (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+        (folder / file).write_text(json.dumps(clips))
+    frames = [Image.new("RGB", (64, 36), (n, 0, 0)) for n in range(24)]
+    metadata = VideoMetadata(total_num_frames=24, fps=4.0, duration=6.0)
+    expected = SmolVLMVideoProcessor.sample_frames(None, metadata, num_frames=5, fps=1)
+    views = load_processor(folder).views(Clip.even(frames, 4.0))
+    assert [view.second * 4 for view in views] == expected.tolist() == [0, 5, 11, 17, 23]

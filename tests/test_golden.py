@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import model as model_file
 import sparsevila
 from checkpoints import load
-from checkpoints.processor import View
+from checkpoints.processor import Clip, View
 from model import ACTIVATIONS, merge_patches
 from tools import ask
 
@@ -119,7 +119,7 @@ def test_clips_are_sampled_and_described_as_transformers_does(case):
     family = Family("smolvlm2")
     frames, fps = family.expected[f"clip_{case}"].tolist()
     pictures = [Image.new("RGB", (30, 20), (n % 256, n // 256, 0)) for n in range(int(frames))]
-    views = family.processor.views(pictures, fps=fps)
+    views = family.processor.views(Clip.even(pictures, fps))
     shown = family.expected[f"clip_{case}_frames"].tolist()
     assert [view.second for view in views] == [index / fps for index in shown]
     first = [view.picture.getpixel((5, 5)) for view in views]

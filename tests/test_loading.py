@@ -8,10 +8,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, same_bits
+import transformers
+from conftest import FAMILIES, ROOT, TINY, same_bits
 from safetensors.torch import load_file, save_file
 
-from checkpoints import fetch, load, load_model, load_processor
+from checkpoints import fetch, load, load_model, load_processor, networks
+from model import Decoder, attend_uncached
+from sparsevila import SparseVILA
 
 
 @pytest.fixture
@@ -449,3 +452,104 @@ def test_only_json_safetensors_and_merges_are_asked_of_the_hub(monkeypatch, tmp_
     assert fetch("owner/name", revision="v1") == tmp_path
     assert asked["repo"] == "owner/name" and asked["revision"] == "v1"
     assert sorted(asked["allow_patterns"]) == ["*.json", "*.safetensors", "*merges.txt"]
+
+
+# --- what a missing key means ---------------------------------------------------------------------
+
+DECODER = {
+    "vocab_size": 77, "hidden_size": 768, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 2e-5,
+    "rope_theta": 5e5, "max_position_embeddings": 9000, "sliding_window": 700,
+    "use_sliding_window": True, "tie_word_embeddings": False,
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "image_size": 64, "patch_size": 8, "hidden_act": "gelu", "layer_norm_eps": 2e-5,
+}  # fmt: skip
+
+
+def variants(section):
+    """The section whole, without each of its keys, without all, and without a window."""
+    yield section
+    yield {}
+    for key in section:
+        yield {k: value for k, value in section.items() if k != key}
+    if "sliding_window" in section:
+        yield section | {"sliding_window": None}
+
+
+@pytest.mark.parametrize("kind", networks.DECODERS)
+def test_a_decoder_key_that_is_missing_means_what_transformers_means(kind):
+    for section in variants(DECODER):
+        theirs = transformers.AutoConfig.for_model(kind, **section)
+        ours = networks.text_config({"text_config": section | {"model_type": kind}})
+        window = None if kind == "llama" else theirs.sliding_window
+        assert (
+            ours.vocab, ours.width, ours.mlp, ours.layers, ours.heads, ours.kv_heads,
+            ours.head_dim, ours.eps, ours.rope_theta, ours.max_positions,
+        ) == (
+            theirs.vocab_size, theirs.hidden_size, theirs.intermediate_size,
+            theirs.num_hidden_layers, theirs.num_attention_heads, theirs.num_key_value_heads,
+            getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+            theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"],
+            min(theirs.max_position_embeddings, window or 2**28),
+        ), section  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", networks.TOWERS)
+def test_a_tower_key_that_is_missing_means_what_transformers_means(kind):
+    names = {"idefics3": "idefics3_vision"}  # as some files call it
+    for section in variants(TOWER):
+        theirs = transformers.CONFIG_MAPPING[names.get(kind, kind)](**section)
+        ours = networks.vision_config({"vision_config": section | {"model_type": kind}}, kind)
+        assert (
+            ours.width, ours.mlp, ours.layers, ours.heads, ours.image_size, ours.patch_size,
+            ours.activation, ours.eps,
+        ) == (
+            theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers,
+            theirs.num_attention_heads, theirs.image_size, theirs.patch_size, theirs.hidden_act,
+            theirs.layer_norm_eps,
+        ), section  # fmt: skip
+
+
+def test_a_window_longer_than_the_context_is_full_attention():
+    """Mistral's own model, with a window, against ours, which has none, as far as ours goes."""
+    torch.manual_seed(0)
+    section = DECODER | {"num_hidden_layers": 2, "sliding_window": 9, "model_type": "mistral"}
+    section |= {"hidden_size": 64, "num_attention_heads": 8}
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**section)).eval()
+    ours = networks.text_config({"text_config": section})
+    assert ours.max_positions == 9
+    decoder = Decoder(ours)
+    decoder.load_state_dict(theirs.model.state_dict())
+    ids = torch.randint(77, (1, 12))
+    with torch.no_grad():
+        rows = decoder(decoder.embed_tokens(ids), torch.arange(12), attend_uncached)
+        expected = theirs.model(ids).last_hidden_state
+    error = (rows - expected).abs().amax(-1)[0] / expected.abs().amax()
+    assert error[:9].max() < 1e-5 and error[9:].min() > 1e-4
+
+
+def test_the_token_that_closes_a_turn_stops_an_answer(tiny, folder):
+    """Whatever the files say: here they name another token."""
+    for file in ("generation_config.json", "config.json"):
+        edit(folder / file, lambda c: c.update(eos_token_id=9))
+    vlm, processor = load(folder, device="cpu")
+    assert vlm.config.stop_ids == (9,) and processor.stop_ids == (2,)
+    expected, session = SparseVILA(*tiny), SparseVILA(vlm, processor)
+    for each in (expected, session):
+        each.see(TINY / "samples" / "board.png")
+    for question in ("what color is the 7?", "where is the 4?"):  # the second reads the first
+        answer = expected.ask(question).token_ids
+        assert session.ask(question).token_ids == answer and answer[-1] == 2
+    third = answer[2]
+    assert session.ask(question, stop_ids=[third]).token_ids[-1] == third != 2
+    with pytest.raises(ValueError, match="stop_ids must be token ids, got '2'"):
+        session.ask(question, stop_ids="2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_knows_how_its_turns_are_closed(name):
+    processor = load_processor(ROOT / "tests" / "golden" / name)
+    (stop,) = processor.stop_ids
+    assert processor.question("why?", first=False)[0] == stop

@@ -5,16 +5,28 @@ import os
 import re
 import struct
 import zlib
+from itertools import accumulate
 
 import pytest
 import torch
 from conftest import ROOT, TINY
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from checkpoints import load_processor
 from checkpoints.llava import Processor
-from checkpoints.processor import CLIP_MEAN, CLIP_STD, open_clip, open_picture
+from checkpoints.processor import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Clip,
+    Pictures,
+    TextStream,
+    open_clip,
+    open_picture,
+)
 from model import Config, TextConfig, VisionConfig
 
 RED = (200, 30, 10)
@@ -115,14 +127,131 @@ def test_the_cover_of_an_apng_is_not_a_frame(tmp_path):
     ):
         file = tmp_path / name
         first.save(file, save_all=True, append_images=rest, duration=100, **options)
-        shown, fps = open_clip(file)
-        assert [frame.getpixel((0, 0))[0] for frame in shown] == [50, 100, 150] and fps == 10
+        clip = open_clip(file)
+        assert [frame.getpixel((0, 0))[0] for frame in clip.frames] == [50, 100, 150]
+        assert [clip.second(n) for n in range(3)] == [0, 0.1, 0.2] and clip.duration == 0.3
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+@pytest.mark.parametrize("durations", [(10_000, 1000, 1000, 1000), (40, 40, 40, 40)])
+def test_frames_come_when_the_file_says(tmp_path, suffix, durations):
+    frames = [Image.new("RGB", (4, 4), (60 * n, 0, 0)) for n in range(4)]
+    options = {"lossless": True} if suffix == "webp" else {}
+    file = tmp_path / f"clip.{suffix}"
+    frames[0].save(
+        file, save_all=True, append_images=frames[1:], duration=list(durations), **options
+    )
+    clip, begins = open_clip(file), [0, *accumulate(durations)]
+    assert [clip.second(n) for n in range(4)] == pytest.approx([b / 1000 for b in begins[:4]])
+    assert clip.duration == pytest.approx(begins[4] / 1000)
+    for number in (3, 0, 2, 1):  # in any order
+        assert clip.frames[number].getpixel((0, 0)) == (60 * number, 0, 0)
+    with pytest.raises(IndexError):
+        clip.frames[4]
+    # The families that choose frames choose by time: here one for every second, and the nearest.
+    smolvlm2 = load_processor(ROOT / "tests" / "golden" / "smolvlm2")
+    smolvlm2.clip_fps, smolvlm2.clip_frames = 1, 64
+    shown = [view.second for view in smolvlm2.views(clip)]
+    assert shown == ([0, 10, 11, 12] if durations[0] == 10_000 else [0])
+    nvila = load_processor(ROOT / "tests" / "golden" / "nvila")
+    shown = [view.second for view in nvila.views(clip)]  # of 0, 4, 8 and 12 s
+    assert shown == pytest.approx(
+        [0, 0, 10, 12] if durations[0] == 10_000 else [0, 0.04, 0.08, 0.12]
+    )
+
+
+def test_only_frames_that_are_shown_are_opened(tmp_path):
+    """Of 240 frames 5 are decoded; of a folder the others need not even be pictures."""
+    opened = []
+
+    class Frames(list):
+        def __getitem__(self, number):
+            opened.append(number)
+            return super().__getitem__(number)
+
+    processor = load_processor(ROOT / "tests" / "golden" / "smolvlm2")
+    frames = Frames([Image.new("RGB", (64, 36), (n, 0, 0)) for n in range(240)])
+    views = processor.views(Clip.even(frames, 24.0))
+    assert len(views) == 5 and opened == [round(view.second * 24) for view in views]
+    files = [tmp_path / f"{n}.png" for n in range(240)]
+    for number, file in enumerate(files):
+        frames[number].save(file) if number in opened else file.write_bytes(b"not read")
+    again = processor.views(Clip.even(Pictures(files), 24.0))
+    assert all(
+        a.picture.tobytes() == b.picture.tobytes() for a, b in zip(again, views, strict=True)
+    )
+
+
+def test_a_picture_that_needs_no_change_is_not_copied():
+    picture = Image.new("RGB", (5, 5))
+    assert open_picture(picture) is picture
+
+
+def test_a_clip_has_a_limit_for_all_its_frames(tmp_path, monkeypatch):
+    """Before any frame is decoded."""
+    frames = [Image.new("L", (50, 50), n) for n in range(16)]
+    file = tmp_path / "clip.gif"
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 50 * 50 // 8)
+    assert len(open_clip(file).frames) == 16
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 50 * 50 // 8 - 1)
+    monkeypatch.setattr(GifImageFile, "load", None)
+    with pytest.raises(ValueError, match="clip.gif: 16 frames of 50 x 50 exceed limit 39992"):
+        open_clip(file)
+
+
+MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV I;16 I;16L I;16B I;16N I F".split()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_read_or_refused_in_words(mode):
+    picture = Image.new(mode, (3, 2))
+    if mode in ("I", "F"):
+        with pytest.raises(ValueError, match=f"a picture of mode {mode}: .* have no known range"):
+            open_picture(picture)
+    else:
+        assert open_picture(picture).mode == "RGB"
+
+
+def test_16_bits_of_a_pgm_file(tmp_path):
+    (tmp_path / "deep.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 0x1234, 0xFFFF))
+    image = open_picture(tmp_path / "deep.pgm")
+    assert [image.getpixel((x, 0))[0] for x in (0, 1)] == [0x12, 255]
+
+
+def test_a_damaged_exif_block_is_no_matter(tmp_path, recwarn):
+    """One byte of it wrong, each in turn: the picture is shown, turned or not, and nothing is said;
+    and shown again when it was opened before."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10), RED).save(tmp_path / "good.jpg", exif=exif)
+    good = (tmp_path / "good.jpg").read_bytes()
+    start = good.index(b"Exif")
+    sizes = set()
+    for place in range(start, start + 32):
+        damaged = good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :]
+        (tmp_path / "bad.jpg").write_bytes(damaged)
+        sizes.add(open_picture(tmp_path / "bad.jpg").size)
+        assert not recwarn.list
+        with Image.open(tmp_path / "bad.jpg") as opened:
+            opened.load()
+            recwarn.clear()  # of this test's own call
+            sizes.add(open_picture(opened).size)
+        assert not recwarn.list
+    assert sizes == {(20, 10), (10, 20)}
+
+
+def test_programs_are_not_started_for_a_picture(tmp_path):
+    """Pillow would ask Ghostscript for this one, whatever its name."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="a.png is not a picture, or none of AVIF, BMP"):
+        open_picture(tmp_path / "a.png")
 
 
 def test_every_frame_of_a_clip_is_held_to_pillows_limit(tmp_path, monkeypatch):
     small, large = Image.new("RGB", (9, 9), RED), Image.new("RGB", (90, 90), RED)
     small.save(tmp_path / "clip.tiff", save_all=True, append_images=[large, small])
-    assert [frame.size for frame in open_clip(tmp_path / "clip.tiff")[0]] == [
+    assert [frame.size for frame in open_clip(tmp_path / "clip.tiff").frames] == [
         (9, 9),
         (90, 90),
         (9, 9),
@@ -297,3 +426,47 @@ def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="crop_size must be the tower's image_size 160, got 128"):
         load_processor(tmp_path)
+
+
+@pytest.mark.parametrize("before, after", [("", ""), ("<s>", ""), ("<s>", "</s>"), ("", "</s>")])
+@pytest.mark.parametrize("written", ["", "<s>"])
+def test_a_prompt_begins_with_one_begin_token_and_no_stop_token(before, after, written):
+    """Whatever the tokenizer adds around a text, and whether or not the template writes <s>."""
+    tokenizer = llama_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A {after}".strip(), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    template = written + "U{image}\n{question} A{answer}</s>U{question} A"
+    processor = Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG, template)
+    begin = [1] if before or written else []
+    text = tokenizer.encode("U", add_special_tokens=False).ids
+    assert processor.context([0]) == begin + text
+
+
+def test_a_stop_token_never_begins_a_prompt():
+    tokenizer = llama_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    processor = Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG)
+    assert 2 not in processor.context([0])
+
+
+@given(st.binary(max_size=12), st.integers(0, 3))
+def test_bytes_that_are_no_character_are_shown_as_python_shows_them(bad, cut):
+    """Bytes within other text, such as an answer cut inside of a character; and as a stream."""
+    processor = Processor(
+        tokenizer := llama_tokenizer(), config_of(llama_tokenizer()), IMAGE_CONFIG
+    )
+    good = "世界".encode()
+    content = good[: len(good) - cut] + bad
+    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in content]
+    around = [tokenizer.token_to_id(c) for c in "hi"]
+    expected = "hi" + content.decode(errors="replace")
+    assert processor.decode(around + ids + around) == expected + "hi"
+    shown = []
+    stream = TextStream(processor, shown.append)
+    for token in around + ids:
+        stream.add(token)
+    stream.finish()
+    assert "".join(shown) == stream.text == processor.decode(around + ids) == expected

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -401,6 +402,7 @@ MODES = {
     "grad": torch.enable_grad,
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
 
 
@@ -444,8 +446,26 @@ def test_frames_are_in_the_order_a_person_counts(tmp_path):
         for shade, name in reversed(list(enumerate(names))):
             Image.new("RGB", (2, 2), (shade, 0, 0)).save(folder / name)
         (folder / ".DS_Store").write_bytes(b"")
-        frames, fps = ask.read_frames(folder)
-        assert [frame.getpixel((0, 0))[0] for frame in frames] == list(range(len(names)))
-        assert fps is None
+        clip = ask.read_clip(folder, None)
+        assert [frame.getpixel((0, 0))[0] for frame in clip.frames] == list(range(len(names)))
+        assert clip.rate == 1
         pictures, _, _ = quantise.calibration_set(folder, None, 3)
         assert [picture.getpixel((0, 0))[0] for picture in pictures] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_cannot_show_a_character_loses_nothing_else(tmp_path, encoding):
+    """The answer to a Chinese question is printed, the picture is written; a chat goes on."""
+    picture = tmp_path / "overlay.png"
+    for options, words in (
+        (["--ask", "什么 7?", "--overlay", picture], ["?? 7?", "dense", "weights:"]),
+        (["--chat"], ["> ", "\n"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "sparsevila.py", *map(str, options)], cwd=ROOT, capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"},
+            input=b"" if "--ask" in options else "什么 7?\n".encode(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout.decode(encoding) for word in words)
+    assert picture.exists()

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,6 +35,14 @@ def test_keep_count_examples():
     assert [keep_count(100, s) for s in (0, 0.29, 0.75, 0.9, 0.999)] == [100, 71, 25, 10, 1]
     assert keep_count(10, 1 - 0.9) == 9  # 0.09999999999999998
     assert keep_count(1, 0.99) == 1 and keep_count(0, 0.5) == 0
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numpys_numbers_mean_what_they_print(kind):
+    assert keep_count(np.int64(100), kind(0.9)) == 10 and keep_count(100, kind(0.29)) == 71
+    scores = torch.tensor([1.0, 3, 2])
+    assert select_tokens(scores, np.int32(2)).tolist() == [1, 2]
+    assert prune([scores[:, None]], [scores], kind(0.4))[1][0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, math.nan, math.inf, "0.5", None])

@@ -1,5 +1,6 @@
 """Commands for people: ask.py (`python sparsevila.py`) and quantise.py (`python awq.py`)."""
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ def command(program: str, *, reads_input: bool = False) -> Iterator[None]:
             raise ValueError("standard output must be open")
         if reads_input and sys.stdin is None:
             raise ValueError("standard input must be open")
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks becomes a "?"
+                stream.reconfigure(errors="replace")
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:

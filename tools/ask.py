@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from checkpoints import load
-from checkpoints.processor import open_clip, open_picture
+from checkpoints.processor import Clip, Pictures, open_clip, open_picture
 from model import check_sampling
 from sparsevila import Answer, Dense, SparseVILA, check_fps, check_question, check_sparsity
 
@@ -41,10 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     # 1. Everything that can be wrong without a model.
     questions = arguments.ask or ([] if arguments.chat else SAMPLE_QUESTIONS)
     settings, sampling = checked_settings(arguments, questions)
-    images, fps = [], None
     if arguments.video:
-        images, rate = read_frames(arguments.video)
-        fps = arguments.fps or rate or 1.0
+        images = read_clip(arguments.video, arguments.fps)
     else:
         images = [open_picture(file) for file in arguments.image or [SAMPLE]]
 
@@ -57,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
     if arguments.chat:
-        session.see(images, fps=fps)
+        session.see(images)
         return chat(session, sampling)
     sessions = {"dense" if arguments.dense else "sparse": session}
     if not (arguments.dense or arguments.sparse or arguments.json):
@@ -65,10 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     # 3. Ask; a round before that is not counted, for first calls pay for thread pools and memory.
     for each in sessions.values():
-        ask_all(each, images, fps, questions[:1], sampling | {"max_new_tokens": 2})
+        ask_all(each, images, questions[:1], sampling | {"max_new_tokens": 2})
     answers, columns = {}, {}
     for name, each in sessions.items():
-        answers[name] = ask_all(each, images, fps, questions, sampling)
+        answers[name] = ask_all(each, images, questions, sampling)
         columns[name] = summary(each, questions, answers[name])
 
     # 4. Tell.
@@ -123,17 +121,18 @@ def checked_settings(arguments: argparse.Namespace, questions: list[str]) -> tup
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "seed": arguments.seed,
+        "stop_ids": arguments.stop_id,
     }
     check_sampling(**sampling)
     return settings, sampling
 
 
 def ask_all(
-    session: SparseVILA, images: list, fps: float | None, questions: list[str], sampling: dict
+    session: SparseVILA, images: list | Clip, questions: list[str], sampling: dict
 ) -> list[Answer]:
     """Show the images, ask all questions."""
     try:
-        session.see(images, fps=fps)
+        session.see(images)
     except ValueError as error:
         hint = " (--sparse leaves out the dense model)" if isinstance(session, Dense) else ""
         raise ValueError(f"{error}{hint}") from None
@@ -203,16 +202,17 @@ def print_comparison(columns: dict[str, dict]) -> None:
     line("decoded tokens/s", lambda c: f"{c['tokens_per_second'] or float('nan'):.1f}")
 
 
-def read_frames(path: str) -> tuple[list[Image.Image], float | None]:
-    """The frames of a clip, pictures of a folder in the order of `files_in` or an animated file,
-    and how many there are in a second, if the file says so. Raises: ValueError for an empty folder,
-    and as `open_picture`."""
-    if not Path(path).is_dir():
-        return open_clip(path)
-    files = files_in(path)
-    if not files:
-        raise ValueError(f"the folder {path} holds no frames")
-    return [open_picture(file) for file in files], None
+def read_clip(path: str, fps: float | None) -> Clip:
+    """An animated file, or the pictures of a folder in the order of `files_in`. fps: frames per
+    second; if None, what the file says, or one for a folder. Raises: ValueError for an empty
+    folder, and as `open_clip`."""
+    if Path(path).is_dir():
+        files = files_in(path)
+        if not files:
+            raise ValueError(f"the folder {path} holds no frames")
+        return Clip.even(Pictures(files), fps or 1.0)
+    clip = open_clip(path)
+    return Clip.even(clip.frames, fps) if fps else clip
 
 
 def encode_picture(picture: Image.Image, path: str) -> bytes:
@@ -282,6 +282,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--stop-id",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="a token id that ends an answer too (repeatable)",
+    )
     columns = parser.add_mutually_exclusive_group()
     columns.add_argument("--dense", action="store_true", help="the dense model only")
     columns.add_argument(
