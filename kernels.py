@@ -89,6 +89,15 @@ def attention_lse_reference(
 
 
 @jit
+def _place(blocks, G: tl.constexpr):
+    """Block, batch entry, key head and batch size of a program. All three stand on the first axis
+    of the launch, for CUDA allows 65,535 programs on the others."""
+    head, heads = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    batch, g = (head // G).to(tl.int64), (head % G).to(tl.int64)
+    return tl.program_id(0) % blocks, batch, g, heads // G
+
+
+@jit
 def _lse_kernel(
     q, k, lse,
     q_b, q_h, q_m, q_d,  # strides
@@ -100,8 +109,8 @@ def _lse_kernel(
     """lse[p, b, h, i] = ln sum_j exp(scale * q[b, h, i] . k[b, g, j]) over the j of part p."""
     # 1. Load a block of the group's GROUP * M query rows: row by row, in each the heads side by
     #    side, so that all heads share every key tile and a block spans few rows of the mask.
-    batch, g = (tl.program_id(2) // G).to(tl.int64), (tl.program_id(2) % G).to(tl.int64)
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block, batch, g, B = _place(tl.cdiv(M * GROUP, BLOCK_R), G)
+    r = block.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     h, i = g * GROUP + r % GROUP, r // GROUP
     d = tl.arange(0, BLOCK_D)
     rows = q + batch * q_b + h * q_h + i * q_m
@@ -112,7 +121,7 @@ def _lse_kernel(
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, N)
     if CAUSAL:
-        stop = tl.minimum(stop, (tl.program_id(0) * BLOCK_R + BLOCK_R - 1) // GROUP + N - M + 1)
+        stop = tl.minimum(stop, (block * BLOCK_R + BLOCK_R - 1) // GROUP + N - M + 1)
     keys = k + batch * k_b + g * k_g + start.to(tl.int64) * k_n
     tile = tl.arange(0, BLOCK_N) * k_n + d[:, None] * k_d  # 32-bit offsets from a 64-bit base
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -130,8 +139,7 @@ def _lse_kernel(
         top = new_top
 
     # 3. Store; a row that sees no key of the chunk has -inf.
-    B, H = tl.num_programs(2) // G, G * GROUP
-    out = lse + ((tl.program_id(1).to(tl.int64) * B + batch) * H + h) * M + i
+    out = lse + ((tl.program_id(1).to(tl.int64) * B + batch) * G * GROUP + h) * M + i
     tl.store(out, top + tl.log(total), mask=i < M)
 
 
@@ -147,7 +155,7 @@ def _attention_lse_triton(
     chunk = _chunk(N, row_blocks * B * G, blocks["BLOCK_N"], q.device, parts)
     lse = q.new_empty(triton.cdiv(N, chunk), B, H, M, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _lse_kernel[(row_blocks, len(lse), B * G)](
+        _lse_kernel[(row_blocks * B * G, len(lse))](
             q, k, lse, *q.stride(), *k.stride(), M, N, chunk, D**-0.5 if scale is None else scale,
             G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
         )  # fmt: skip
@@ -228,14 +236,14 @@ def _colsum_kernel(
 ):  # fmt: skip
     """colsum[b, h, j] = sum_i exp(scale * q[b, h, i] . k[b, g, j] - lse[b, h, i])."""
     # 1. Load a block of keys, once for all heads of the group.
-    batch, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, batch, g, _ = _place(tl.cdiv(N, BLOCK_N), G)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     columns = k + batch * k_b + g * k_g + n.to(tl.int64) * k_n
     k_tile = tl.load(columns[:, None] + d * k_d, mask=(n < N)[:, None] & (d < D), other=0.0)
 
     # 2. For every head, walk the rows that see any of these keys.
-    first = tl.maximum(tl.program_id(0) * BLOCK_N - (N - M), 0) if CAUSAL else tl.program_id(0) * 0
+    first = tl.maximum(block * BLOCK_N - (N - M), 0) if CAUSAL else block * 0
     tile = tl.arange(0, BLOCK_M) * q_m + d[:, None] * q_d  # 32-bit offsets from a 64-bit base
     for h in range(g * GROUP, g * GROUP + GROUP):
         received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -267,7 +275,7 @@ def _attention_colsum_triton(
     blocks["BLOCK_M"] = blocks.pop("BLOCK_R")
     colsum = q.new_empty(B, H, N, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        _colsum_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B * G)](
+        _colsum_kernel[(triton.cdiv(N, blocks["BLOCK_N"]) * B * G,)](
             q, k, lse.contiguous(), colsum, *q.stride(), *k.stride(), M, N,
             D**-0.5 if scale is None else scale,
             G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
@@ -371,8 +379,8 @@ def _gather_kernel(
 ):  # fmt: skip
     """x_out[b, g, i] = x[b, g, index[b, i]], and with PAIR the same for y."""
     # 1. Read which rows a block of output rows comes from.
-    batch, g = (tl.program_id(2) // G).to(tl.int64), (tl.program_id(2) % G).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    block, batch, g, _ = _place(tl.cdiv(K, BLOCK_K), G)
+    i = block.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     row = tl.load(index + batch * index_b + i * index_k, mask=i < K, other=0)
     here = (i < K)[:, None] & (e < E)
@@ -401,7 +409,7 @@ def _gather_triton(sources: list[Tensor], index: Tensor) -> list[Tensor]:
     block_k = max(1, 4096 // block_e)
     if K and E:
         with torch.cuda.device_of(x):
-            _gather_kernel[(triton.cdiv(K, block_k), triton.cdiv(E, block_e), B * G)](
+            _gather_kernel[(triton.cdiv(K, block_k) * B * G, triton.cdiv(E, block_e))](
                 sources[0], sources[-1], index, outs[0], outs[-1],
                 *strides[0], *strides[-1], *index.stride(), K,
                 G=G, E=E, PAIR=len(sources) == 2, VECTOR=vector, BLOCK_K=block_k, BLOCK_E=block_e,
@@ -482,13 +490,13 @@ def _decode_kernel(
     # 1. The part's rows depend on the length and the number of parts only, not on the buffer.
     if ON_DEVICE:
         length = tl.load(length).to(tl.int32)
-    parts = tl.num_programs(0)
+    parts = tl.num_programs(1)
     chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK_N) * BLOCK_N
-    start = tl.program_id(0) * chunk
+    start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, length)
 
     # 2. Load the query row of every head of the group.
-    batch, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    _, batch, g, B = _place(1, G)
     head = tl.arange(0, BLOCK_H)
     h, d = g * GROUP + head, tl.arange(0, BLOCK_D)
     mine = (head < GROUP)[:, None] & (d < D)
@@ -519,8 +527,7 @@ def _decode_kernel(
         top = new_top
 
     # 4. Store; an empty part has weight 0 (lse = -inf).
-    B, H = tl.num_programs(1) // G, G * GROUP
-    out = (tl.program_id(0).to(tl.int64) * B + batch) * H + h
+    out = (tl.program_id(1).to(tl.int64) * B + batch) * G * GROUP + h
     tl.store(lse + out, top + tl.log(total), mask=head < GROUP)
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(partial + out[:, None] * D + d, mixed, mask=mine)
@@ -562,7 +569,7 @@ def _decode_attention_triton(
     lse = q.new_empty(parts, B, H, dtype=torch.float32)
     out = q.new_empty(B, H, 1, D)
     with torch.cuda.device_of(q):
-        _decode_kernel[(parts, B * G)](
+        _decode_kernel[(B * G, parts)](
             q, k, v, partial, lse, length, q.stride(0), q.stride(1), q.stride(3),
             *k.stride(), *v.stride(), D**-0.5 if scale is None else scale,
             G=G, GROUP=H // G, D=D, ON_DEVICE=isinstance(length, Tensor),

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -258,3 +259,43 @@ assert kernels.decode_attention(q, k, k).shape == q.shape
     command = [sys.executable, "-c", program, found]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# CUDA's limits for the three axes of a launch grid (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability").
+MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="no Triton")
+@pytest.mark.parametrize("B, G", [(65_536, 1), (1, 65_536), (3, 30_000)])
+@pytest.mark.parametrize("rows", [1, 70_000])
+def test_no_launch_has_more_programs_than_cuda_allows(monkeypatch, B, G, rows):
+    """However large batch and heads or rows are. Nothing is launched: the grids are recorded, and
+    the tensors have no memory behind them."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for name in (
+        "_lse_kernel",
+        "_colsum_kernel",
+        "_gather_kernel",
+        "_decode_kernel",
+        "_combine_kernel",
+    ):
+        monkeypatch.setattr(kernels, name, Recorder())
+    monkeypatch.setattr(kernels, "_programs", lambda device: 500)
+    monkeypatch.setattr(kernels.torch.cuda, "device_of", lambda _: nullcontext())
+    q = torch.empty(B, 2 * G, rows, 16, device="meta")
+    k = torch.empty(B, G, rows, 16, device="meta")
+    index = torch.empty(B, rows, dtype=torch.int64, device="meta")
+    kernels._attention_colsum_triton(q, k, causal=True, scale=None, lse=None)
+    kernels._gather_triton([k, k], index)
+    kernels._decode_attention_triton(q[:, :, :1], k, k, length=rows, scale=None)
+    assert len(grids) == 5
+    for grid in grids:
+        assert all(size <= most for size, most in zip(grid, MOST_PROGRAMS)), grid
+    assert max(map(max, grids)) > 65_535
