@@ -62,7 +62,8 @@ def attention_lse(
     Args:
         q: queries (B, H, M, D), float32, float16 or bfloat16; any strides.
         k: keys (B, G, N, D), same dtype and device, any strides; G divides H.
-        causal: right-aligned mask, row i sees keys j <= N - M + i. A row that sees none has -inf.
+        causal: right-aligned mask, row i sees keys j <= N - M + i. A row that sees none, or only
+            scores of -inf, has -inf, adds nothing to column sums, and its attention is 0.
         scale: factor on the scores; D**-0.5 if None.
 
     Returns: (B, H, M) float32, natural logarithm.
@@ -216,10 +217,13 @@ def attention_colsum_reference(
     colsum = q.new_zeros(B, G, H // G, N, dtype=torch.float32)
     for b, rows, scores in _score_chunks(q, k, causal, scale):
         if lse is None:
-            in_place = None if scores.requires_grad else scores
+            in_place, highest = None if scores.requires_grad else scores, scores.amax(-1)
             weights = torch.softmax(scores, -1, out=in_place)  # (G, H/G, m, n)
+            if (blind := highest == -torch.inf).any():
+                weights = weights.masked_fill(blind[..., None], 0)
         else:
-            weights = scores.sub_(lse[b, :, rows].unflatten(0, (G, H // G))[..., None]).exp_()
+            shift = lse[b, :, rows].unflatten(0, (G, H // G))[..., None]
+            weights = scores.sub_(shift.masked_fill(shift == -torch.inf, 0)).exp_()
         colsum[b, ..., : weights.shape[-1]] += weights.sum(-2)
         del scores, weights  # one block, given back before the next chunk is made
     return colsum.flatten(1, 2)
@@ -253,6 +257,7 @@ def _colsum_kernel(
             q_tile = tl.load(rows + tile, mask=(i < M) & (d < D)[:, None], other=0.0)
             rows += BLOCK_M * q_m
             row_lse = tl.load(lse + (batch * G * GROUP + h) * M + i, mask=i < M, other=0.0)
+            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # the row sees nothing
             scores = _dot(k_tile, q_tile, UPCAST) * scale
             seen = (i < M) & (n[:, None] <= i + (N - M)) if CAUSAL else (i < M) & (n < N)[:, None]
             received += tl.where(seen, tl.exp(scores - row_lse), 0.0)
@@ -517,8 +522,9 @@ def _decode_kernel(
         keys += BLOCK_N * k_n
         scores = tl.where(n < stop, _dot(q_tile, k_tile, UPCAST) * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - new_top[:, None])
-        shrink = tl.exp(top - new_top)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp(scores - shift[:, None])
+        shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(weights, 1)
         here = (n < stop)[:, None] & (d < D)
         v_tile = tl.load(values + v_tile_at, mask=here, other=0.0)
@@ -542,10 +548,12 @@ def _combine_kernel(
     head = tl.program_id(0).to(tl.int64)
     p, d = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     weights = tl.load(lse + p * heads + head, mask=p < PARTS, other=float("-inf"))
-    weights = tl.exp(weights - tl.max(weights, 0))
+    top = tl.max(weights, 0)
+    weights = tl.exp(weights - tl.where(top == float("-inf"), 0.0, top))
     rows = partial + (p * heads + head)[:, None] * D + d
     parts = tl.load(rows, mask=(p < PARTS)[:, None] & (d < D), other=0.0)
-    mixed = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    total = tl.sum(weights, 0)
+    mixed = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
 
 

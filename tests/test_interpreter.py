@@ -28,6 +28,19 @@ def test_the_kernels_pass_their_tests_in_the_interpreter(file):
     assert "passed" in result.stdout and "skipped" not in result.stdout
 
 
+def test_the_conformance_suite_knows_how_the_interpreter_rounds():
+    """Decoding, whose output is rounded to bfloat16; without that knowledge ours fails there."""
+    command = [sys.executable, "-m", "pytest", HERE / "conformance", "-k", "whole_buffer"]
+    result = subprocess.run(
+        [*command, "--impl-dtypes", "bfloat16"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
+    assert "cuts bfloat16 off" in result.stdout
+
+
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",

@@ -15,7 +15,7 @@ import model
 import sparsevila
 
 from .checks import CHECKS, Lab
-from .oracle import ROUNDOFF
+from .oracle import INTERPRETED, ROUNDOFF
 
 OURS = (kernels, model, awq, sparsevila)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ROUNDOFF}
@@ -75,6 +75,13 @@ def pytest_configure(config: pytest.Config) -> None:
     except ValueError as error:
         raise pytest.UsageError(" ".join(str(error).split())) from None
     config.lab = Lab(operations, device, tuple(DTYPES[name] for name in names))
+
+
+def pytest_report_header() -> str | None:
+    """What is not as usual."""
+    if INTERPRETED:
+        return "Triton's interpreter cuts bfloat16 off: results may be wrong by twice as much"
+    return None
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
