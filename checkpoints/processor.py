@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import ExifTags, Image, ImageMath, ImageOps, UnidentifiedImageError
@@ -133,7 +133,8 @@ class Processor:
         settings = picture_settings(folder)
         settings |= {key: folder.config[key] for key in cls.config_keys if key in folder.config}
         try:
-            return cls(read_tokenizer(folder), config, settings, **texts)
+            tokenizer = read_tokenizer(folder, max(config.text.vocab, config.image_token_id + 1))
+            return cls(tokenizer, config, settings, **texts)
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from None
 
@@ -300,10 +301,8 @@ class Processor:
             if text:
                 text = text.replace("{question}", question)
                 plain = self._plain_at_start if start and position == 0 else self._plain
-                try:
+                with _tokenizing(f"text that cannot be tokenized: {_short(text)}"):
                     ids += plain.encode(text, add_special_tokens=False).ids
-                except Exception as error:  # tokenizers raises TypeError and bare Exception
-                    raise ValueError(f"text that cannot be tokenized: {text!r} ({error})") from None
             if match:
                 ids.append(self.tokenizer.token_to_id(match.group()))
                 position = match.end()
@@ -603,25 +602,93 @@ def picture_settings(folder: Folder) -> dict:
     return images[0] | ({"video_processor": clips[0]} if clips else {})
 
 
-def read_tokenizer(folder: Folder) -> Tokenizer:
+def read_tokenizer(folder: Folder, reach: int = 2**20) -> Tokenizer:
     """tokenizer.json of a checkpoint, or what vocab.json, merges.txt and added_tokens.json of Qwen2
-    say. Raises: FileNotFoundError without either; ValueError for damaged files."""
+    say. reach: how many ids the model knows; some tokenizers have a few more. Raises:
+    FileNotFoundError without either; ValueError for damaged files."""
     parts = [folder.path / part for part in dict.fromkeys(("", *folder.parts))]
     for part in parts:
         if (part / "tokenizer.json").is_file():
             build, file = Tokenizer.from_file, part / "tokenizer.json"
+            check_tokenizer(file, values.read_json(file), reach + SPARE_IDS)
             break
         if (part / "vocab.json").is_file() and (part / "merges.txt").is_file():
             build, file = _qwen2_tokenizer, part / "vocab.json"
+            check_tokenizer(file, {"model": {"vocab": values.read_json(file)}}, reach + SPARE_IDS)
             break
     else:
         found = [str(p.relative_to(folder.path)) for part in parts for p in part.glob("*.model")]
         hint = f" (only {found[0]}, which transformers can convert)" if found else ""
         raise FileNotFoundError(f"no tokenizer.json in {folder.path}{hint}")
+    with _tokenizing(f"{file} is damaged"):
+        tokenizer = build(str(file))
+        Tokenizer.from_str(tokenizer.to_str())  # two tokens of one id fail here, sometimes
+        return tokenizer
+
+
+SPARE_IDS = 2**16  # of a tokenizer, beyond those that the model knows
+MOST_GROWTH = 64  # of a text, by a tokenizer's normalizers
+
+
+def check_tokenizer(file: Path, raw: dict, most: int) -> None:
+    """Raise ValueError for the content of a tokenizer.json that the tokenizers library would answer
+    with gigabytes of memory or with a panic: ids of `most` or more, two tokens of one id, texts
+    that grow, and merges without the prefix that they need."""
+    model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
+    ids = dict(model["vocab"]) if isinstance(model.get("vocab"), dict) else {}
+    added = raw.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise ValueError(f"{file} is damaged: added_tokens must be a list of objects")
+    ids |= {str(token.get("content")): token.get("id") for token in added}
+    token_of: dict[int, str] = {}
+    for token, number in ids.items():
+        if type(number) is not int or not 0 <= number < most:
+            raise ValueError(f"{file}: the id of {token!r} must be in [0, {most}), got {number!r}")
+        if number in token_of:
+            raise ValueError(
+                f"{file}: {token_of[number]!r} and {token!r} have the same id {number}"
+            )
+        token_of[number] = token
+    growth = 1.0
+    for step in _steps(raw.get("normalizer")):
+        if step.get("type") == "Replace":
+            pattern = step.get("pattern")
+            length = len(str(pattern.get("String") or "x")) if isinstance(pattern, dict) else 1
+            growth *= max(1, len(str(step.get("content"))) / length)
+    if growth > MOST_GROWTH:
+        raise ValueError(f"{file}: its normalizers make texts up to {growth:.3g} times as long")
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in merges)
+        if not all(isinstance(p, list) and str(p[-1]).startswith(prefix) for p in pairs):
+            raise ValueError(f"{file}: a merge lacks continuing_subword_prefix {prefix!r}")
+
+
+def _steps(normalizer: Any) -> Iterator[dict]:
+    """The normalizers of a sequence, however nested."""
+    waiting = [normalizer]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            yield step
+            inner = step.get("normalizers")
+            waiting += inner if isinstance(inner, list) else []
+
+
+@contextmanager
+def _tokenizing(what: str) -> Iterator[None]:
+    """Within, whatever the tokenizers library raises becomes one clear error: bare Exception, and
+    its own PanicException, which is none."""
     try:
-        return build(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{file} is damaged: {error}") from None
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) < 200 else f"{text[:200]!r} ..."
 
 
 def _qwen2_tokenizer(vocab: str) -> Tokenizer:

@@ -553,3 +553,52 @@ def test_every_family_knows_how_its_turns_are_closed(name):
     processor = load_processor(ROOT / "tests" / "golden" / name)
     (stop,) = processor.stop_ids
     assert processor.question("why?", first=False)[0] == stop
+
+
+# --- tokenizers that the tokenizers library answers with gigabytes, minutes or a panic ------------
+
+
+def grow(tokenizer):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [step] * 11}
+
+
+def slow_split(tokenizer):
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": r"(a+)+\d"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+
+
+BAD_TOKENIZERS = {
+    "one id twice": (
+        lambda t: t["added_tokens"][1].update(id=2), "'<s>' and '</s>' have the same id 2",
+    ),
+    "one id of two words": (lambda t: t["model"]["vocab"].update(zzz=9), "have the same id 9"),
+    "a huge id": (
+        lambda t: t["model"]["vocab"].update(zzz=2**31 - 1),
+        r"the id of 'zzz' must be in \[0, \d+\), got 2147483647",
+    ),
+    "no id": (lambda t: t["model"]["vocab"].update(zzz="9"), "the id of 'zzz' must be"),
+    "texts that explode": (grow, r"its normalizers make texts up to 8.59e\+09 times as long"),
+    "merges without their prefix": (
+        lambda t: t["model"].update(continuing_subword_prefix="#####"),
+        "a merge lacks continuing_subword_prefix '#####'",
+    ),
+    "a list for an object": (lambda t: t.update(added_tokens=[3]), "must be a list of objects"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TOKENIZERS)
+def test_a_tokenizer_that_would_end_badly_is_refused(folder, name):
+    change, words = BAD_TOKENIZERS[name]
+    edit(folder / "tokenizer.json", change)
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{words}"):
+        load_processor(folder)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(folder):
+    """It is none of Python's exceptions for errors, but a BaseException."""
+    edit(folder / "tokenizer.json", slow_split)
+    processor = load_processor(folder)
+    with pytest.raises(ValueError, match="cannot be tokenized: 'USER: aaa.*retry-limit"):
+        processor.question("a" * 3000, first=False)
