@@ -66,7 +66,7 @@ def _weight_files(folder: Path) -> list[Path]:
     In this order, as transformers' from_pretrained looks for them: a model saved whole over one
     saved in shards leaves the old index behind, and the old shards. Adapters do not count.
     """
-    index = folder / "model.safetensors.index.json"
+    index, weight_map = folder / "model.safetensors.index.json", {}
     if (folder / "model.safetensors").exists():
         files = [folder / "model.safetensors"]
     elif index.exists():
@@ -91,6 +91,11 @@ def _weight_files(folder: Path) -> list[Path]:
         )
         what = f"only {', '.join(found)} (refused: pickles can run code)" if found else "none"
         raise FileNotFoundError(f"{folder} must hold .safetensors weights, found {what}")
+    for file in files if weight_map else []:
+        with _weights(file) as tensors:
+            listed = {name for name, place in weight_map.items() if place == file.name}
+            if absent := sorted(listed - set(tensors.keys())):
+                raise ValueError(f"{index} says that {absent[0]} is in {file.name}, which lacks it")
     return files
 
 

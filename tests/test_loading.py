@@ -58,6 +58,18 @@ def test_shards_hold_the_same_model(tiny, folder):
     assert_same_model(load_model(folder, device="cpu"), tiny[0])
 
 
+def test_an_index_that_names_another_shard_is_refused(folder):
+    index = shard(folder)
+
+    def move(content):
+        first = next(iter(content["weight_map"]))  # in the first shard
+        content["weight_map"][first] = "model-00003-of-00003.safetensors"
+
+    edit(index, move)
+    with pytest.raises(ValueError, match="is in model-00003-of-00003.safetensors, which lacks it"):
+        load_model(folder, device="cpu")
+
+
 @pytest.mark.parametrize("shards_stay", [True, False])
 def test_a_whole_model_wins_over_older_shards(tiny, folder, shards_stay):
     """As transformers leaves a folder when a model is saved in shards first and whole later."""
