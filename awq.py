@@ -171,8 +171,8 @@ def w4a16_matmul(
 
     On a GPU one row takes a GEMV kernel, up to DEQUANTIZE_ROWS rows a GEMM kernel; more rows, or
     float32, are dequantised once for the library's matmul. On a CPU few bfloat16 rows take
-    PyTorch's int4 kernel, which rounds the scales to bfloat16 and not the weights; everything else
-    is dequantised.
+    PyTorch's int4 kernel, which rounds the scales to bfloat16 and not the weights, and leaves
+    errors of up to 2^-15 scales a weight on top; everything else is dequantised.
     """
     inputs, outputs, group = _check_packed(qweight, qzeros, scales)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1:] != (inputs,):
@@ -218,19 +218,21 @@ _CPU_PACKED = WeakTensorKeyDictionary()  # qweight -> (what it was packed from, 
 def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     """x (rows, inputs) bfloat16 times the weights by PyTorch's int4 kernel. It wants a packing of
     its own (once more the memory of the codes) of w = (code - 8) * scale + offset, with scale and
-    offset in bfloat16; the packing is kept until one of the tensors is changed or replaced."""
+    offset in bfloat16; the packing is kept until one of the tensors is changed or replaced. By what
+    the offset is off, a whole group is, weights of 0 too: that is taken back in float32."""
     source = [(id(t), t.data_ptr(), t._version) for t in (qweight, qzeros, scales)]
     packed_from, packed, *_ = _CPU_PACKED.get(qweight, (None, None))
     if packed_from != source:
         codes = unpack(qweight).T.int().contiguous()
-        offsets = (8 - unpack(qzeros).float()) * scales.float()
-        packed = (
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2),
-            torch.stack([scales.float(), offsets], -1).bfloat16(),  # (inputs / g, outputs, 2)
-        )
+        steps = scales.bfloat16().float()
+        offsets = (8 - unpack(qzeros).float()) * steps
+        both = torch.stack([steps, offsets], -1).bfloat16()  # (inputs / g, outputs, 2)
+        converted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        packed = converted, both, both[..., 1].float() - offsets
         _CPU_PACKED[qweight] = source, packed, qzeros, scales  # held, so that no id is used again
     group = qweight.shape[0] // scales.shape[0]
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed[0], group, packed[1])
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed[0], group, packed[1])
+    return y.sub_(x.float().unflatten(1, (-1, group)).sum(-1) @ packed[2])
 
 
 def _fits_cpu_int4(rows: Tensor, qweight: Tensor, outputs: int, group: int) -> bool:

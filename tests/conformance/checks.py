@@ -478,6 +478,33 @@ def products_with_weights_that_need_no_rounding(lab: Lab) -> None:
     near(lab.w4a16_matmul(x, *packed), expected, product_error(160, x.dtype, False) * size, "x @ W")
 
 
+@checks("w4a16_matmul")
+def products_with_weights_near_zero(lab: Lab) -> None:
+    """Codes at most one from zero, or all zero, and large activations of one sign: a scale and an
+    offset that are rounded apart add as much to every weight of a group, and that adds up. Left for
+    it are 2^-15 steps of quantisation a weight where sums are rounded to bfloat16 (a step is a
+    scale, and was rounded by half of it to begin with)."""
+    for K, N, group in ((256, 32, 128), (128, 16, 32)):
+        generator = torch.Generator().manual_seed(K)
+        zeros = torch.randint(0, 16, (K // group, N), generator=generator, dtype=torch.int32)
+        scales = (0.001 + 0.01 * torch.rand(K // group, N, generator=generator)).half()
+        for off in (0, 1):
+            codes = zeros.repeat_interleave(group, 0)
+            codes = codes + torch.randint(-off, off + 1, (K, N), generator=generator)
+            codes = codes.clamp(0, 15).int()
+            words = (torch.tensor(oracle.pack(t.tolist())).int() for t in (codes, zeros))
+            packed = tuple(t.to(lab.device) for t in (*words, scales))
+            for rows in (1, 5, 100):
+                for dtype in lab.dtypes:
+                    x = (1000 * lab.normal(rows, rows, K, dtype=torch.float32).abs()).to(dtype)
+                    expected, size = product(lab, x, packed)
+                    steps = x.double().cpu().abs() @ scales.double().repeat_interleave(group, 0)
+                    left = 2.0**-15 * steps if dtype == torch.bfloat16 else 0 * steps
+                    allowed = product_error(K, dtype) * size + left
+                    what = f"codes {off} from zero, rows {rows}, K {K}, group {group}, {dtype}"
+                    near(lab.w4a16_matmul(x, *packed), expected, allowed, what)
+
+
 # --- the retrieval cache --------------------------------------------------------------------------
 
 
