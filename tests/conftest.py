@@ -178,3 +178,19 @@ def softmax64(q, k, causal, scale=None):
         hidden = [[j > i + N - M for j in range(N)] for i in range(M)]
         scores = scores.masked_fill(torch.tensor(hidden, device=q.device), -math.inf)
     return scores, torch.softmax(scores, -1).nan_to_num(0)
+
+
+def check_rows_that_see_nothing(dtype: torch.dtype, causal: bool, device: str) -> None:
+    """Rows with scores of -inf only: lse -inf, nothing added to the sums, attention 0; the other
+    rows are not touched."""
+    q, k, v = (torch.randn(2, h, 9, 16).to(dtype).to(device) for h in (4, 2, 2))
+    k[..., 0] = 1
+    q[:, :, [0, 5]], q[:, :, [0, 5], 0] = 0, -torch.inf
+    scores, weights = softmax64(q, k, causal)
+    lse = kernels.attention_lse(q, k, causal=causal)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert (lse[:, :, [0, 5]] == -torch.inf).all()
+    for known in (None, lse):
+        sums = kernels.attention_colsum(q, k, causal=causal, lse=known).double()
+        torch.testing.assert_close(sums, weights.sum(-2), rtol=1e-4, atol=1e-6)
+    assert not kernels.decode_attention(q[:, :, 5:6], k, v).any()

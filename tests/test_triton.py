@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, ON, few, needs_triton, softmax64
+from conftest import DTYPES, ON, check_rows_that_see_nothing, few, needs_triton, softmax64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -208,18 +208,4 @@ if not kernels.INTERPRETED:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_row_that_sees_only_minus_infinity_sees_nothing(dtype, causal):
-    """lse -inf, nothing added to the sums, attention 0; the other rows are not touched."""
-    q, k, v = (torch.randn(2, h, 9, 16).to(dtype).to(ON) for h in (4, 2, 2))
-    k[..., 0] = 1
-    q[:, :, [0, 5]], q[:, :, [0, 5], 0] = 0, -torch.inf
-    scores = (q.double().unflatten(1, (2, 2)) @ k.double()[:, :, None].mT).flatten(1, 2) / 4
-    if causal:
-        scores.masked_fill_(torch.ones(9, 9, dtype=torch.bool, device=ON).triu(1), -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0)  # of no other row is anything NaN
-    lse = kernels.attention_lse(q, k, causal=causal)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
-    assert (lse[:, :, [0, 5]] == -torch.inf).all()
-    for known in (None, lse):
-        sums = kernels.attention_colsum(q, k, causal=causal, lse=known).double()
-        torch.testing.assert_close(sums, weights.sum(-2), rtol=1e-4, atol=1e-6)
-    assert not kernels.decode_attention(q[:, :, 5:6], k, v).any()
+    check_rows_that_see_nothing(dtype, causal, ON)
