@@ -172,13 +172,13 @@ def check_memory(
 class NoiseProcessor(Processor):
     """What a session needs of a processor: noise for pictures, prompts of fixed length."""
 
+    stop_ids = ()
+
     def __init__(self, config: Config, pictures: int):
         S = config.vision.image_size
         noise = torch.Generator().manual_seed(1)
         self.noise = torch.randn(pictures, 3, S, S, generator=noise)
         self.config, self.image_token_id = config, config.image_token_id
-
-    stop_ids = ()
 
     def views(self, pictures: Sequence) -> list[View]:
         return [View(None, number) for number in range(len(pictures))]

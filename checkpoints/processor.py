@@ -261,17 +261,17 @@ class Processor:
             )
         longest_first = sorted(filter(None, self._added), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
-        plain = json.dumps(plain)
-        self._plain_at_start = Tokenizer.from_str(plain)  # some mark the start of a text by a space
-        plain = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
-        self._plain = Tokenizer.from_str(plain)
+        content = json.loads(tokenizer.to_str())
+        plain = json.dumps(content | {"added_tokens": [], "post_processor": None})
+        inside = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
+        with _tokenizing("the tokenizer is damaged"):  # some mark the start of a text by a space
+            self._plain_at_start, self._plain = map(Tokenizer.from_str, (plain, inside))
         # What the tokenizer puts before any text: begin of text, where the family has it.
         text, marked = (tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         starts = (n for n in range(len(marked)) if marked[n : n + len(text)] == text)
         self._begin_ids = marked[: next(starts, 0)]
         bytes_of = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
-        falls_back = '"ByteFallback"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+        falls_back = '"ByteFallback"' in json.dumps(content["decoder"])
         self._bytes = bytes_of if falls_back and len(bytes_of) == 256 else {}
 
     def set_template(self, template: str) -> None:
@@ -500,9 +500,7 @@ def _readable(what: str | Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{what}: {error}") from None
-    except _Refused as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, _Refused) as error:
         raise ValueError(f"{what}: {error}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{what} is not a picture, or none of {', '.join(FORMATS)}") from None
@@ -621,9 +619,7 @@ def read_tokenizer(folder: Folder, reach: int = 2**20) -> Tokenizer:
         hint = f" (only {found[0]}, which transformers can convert)" if found else ""
         raise FileNotFoundError(f"no tokenizer.json in {folder.path}{hint}")
     with _tokenizing(f"{file} is damaged"):
-        tokenizer = build(str(file))
-        Tokenizer.from_str(tokenizer.to_str())  # two tokens of one id fail here, sometimes
-        return tokenizer
+        return build(str(file))
 
 
 SPARE_IDS = 2**16  # of a tokenizer, beyond those that the model knows
