@@ -327,6 +327,7 @@ def test_comments_with_shapes():
             session.see([picture, picture])
             session.ask("what color is the 7?", max_new_tokens=2)
         awq.dequantize_reference(*packed_linear())
+        awq.w4a16_matmul(torch.randn(3, 32).bfloat16(), *packed_linear(group=32))
         pictures, prompts, _ = quantise.calibration_set(None, None, 2)
         quantise.calibration(vlm, processor, pictures, prompts, 2)
         block, calls = vlm.decoder.layers[0], [(torch.randn(1, 9, 128),)]
@@ -350,8 +351,8 @@ def test_comments_with_shapes():
     assert sum(map(len, watch.files.values())) >= 25
 
 
-def packed_linear() -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales, zeros = awq.quantize_groups(torch.randn(16, 32), 8)
+def packed_linear(group: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, zeros = awq.quantize_groups(torch.randn(16, 32), group)
     return awq.pack(codes.T), awq.pack(zeros.T), scales.T.contiguous()
 
 
