@@ -311,7 +311,8 @@ class SparseVILA:
         """Encode, prune and prefill a picture, a list of pictures or a clip; forget everything
         before.
 
-        fps: frames per second, if a list holds the frames of a clip; None for separate pictures.
+        fps: frames per second, if a list holds the frames of a clip, or in place of a clip's own
+            times; None for separate pictures.
         The model's family decides which frames are shown, and how; no others are opened.
 
         Raises: OSError or ValueError if an image cannot be opened; ValueError if fps is out of
@@ -322,7 +323,8 @@ class SparseVILA:
         check_fps(fps)
         if not isinstance(images, Clip):
             images = Pictures(images if isinstance(images, (list, tuple)) else [images])
-            images = Clip.even(images, fps) if fps else images
+        if fps:
+            images = Clip.even(pictures_of(images), fps)
         if not len(pictures_of(images)):
             raise ValueError("images must hold at least one picture, got none")
 

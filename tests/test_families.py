@@ -140,6 +140,14 @@ def test_pruning_leaves_all_text_and_some_of_every_tile(name, count, fps):
     assert all(int(chosen[-1]) < kept.count(image) for chosen in answer.retrieved)
 
 
+def test_a_given_rate_stands_in_place_of_a_clips_own_times():
+    session = SparseVILA(*load(GOLDEN / "smolvlm2", device="cpu"))
+    clip = Clip(random_pictures(1, 2, side=70), begins=[0, 10], end=11, rate=1)
+    for fps, seconds in ((None, [0, 10]), (1.0, [0, 1])):
+        session.see(clip, fps=fps)
+        assert [view.second for view in session.views] == seconds
+
+
 def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour():
     """`do_pad`, as original LLaVA had it: nothing is cut off."""
     processor = load_processor(GOLDEN / "llava")
