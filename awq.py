@@ -171,8 +171,8 @@ def w4a16_matmul(
 
     On a GPU one row takes a GEMV kernel, up to DEQUANTIZE_ROWS rows a GEMM kernel; more rows, or
     float32, are dequantised once for the library's matmul. On a CPU few bfloat16 rows take
-    PyTorch's int4 kernel, which rounds the scales to bfloat16 and not the weights, and leaves
-    errors of up to 2^-15 scales a weight on top; everything else is dequantised.
+    PyTorch's int4 kernel, which rounds scales, weights and sums to bfloat16 one after the other:
+    errors of up to 2^-6 of a weight and 2^-13 scales on top. Everything else is dequantised.
     """
     inputs, outputs, group = _check_packed(qweight, qzeros, scales)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1:] != (inputs,):
@@ -218,8 +218,9 @@ _CPU_PACKED = WeakTensorKeyDictionary()  # qweight -> (what it was packed from, 
 def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     """x (rows, inputs) bfloat16 times the weights by PyTorch's int4 kernel. It wants a packing of
     its own (once more the memory of the codes) of w = (code - 8) * scale + offset, with scale and
-    offset in bfloat16; the packing is kept until one of the tensors is changed or replaced. By what
-    the offset is off, a whole group is, weights of 0 too: that is taken back in float32."""
+    offset in bfloat16; the packing is kept until one of the tensors is replaced or changed (unless
+    through `.data` or numpy, which PyTorch does not see). By what the offset is off, a whole group
+    is, weights of 0 too: that is taken back in float32."""
     source = [(id(t), t.data_ptr(), t._version) for t in (qweight, qzeros, scales)]
     packed_from, packed, *_ = _CPU_PACKED.get(qweight, (None, None))
     if packed_from != source:

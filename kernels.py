@@ -14,8 +14,8 @@ the scores leaves each row's log-sum-exp, a second pass adds exp(score - lse) in
 Each of the first four stands here as the public function `<name>`, which checks its arguments and
 dispatches; `<name>_reference`, its definition in plain PyTorch; its Triton kernel; and the kernel's
 launcher. Tensors on a CUDA device go to the kernel (heads of up to MAX_HEAD_DIM), all others to the
-reference (also where triton is missing). With TRITON_INTERPRET=1 in the environment the kernels run
-on the CPU, one program after the other, for tests and debuggers.
+reference (also where triton is missing), in which torch.autocast casts as everywhere. With
+TRITON_INTERPRET=1 in the environment the kernels run on the CPU, one program after the other.
 
 The kernels use no atomics: every output element is written by one program, which adds in a fixed
 order, so that the same input gives the same bits every time.

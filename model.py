@@ -606,7 +606,7 @@ class VLM(nn.Module):
         The placeholder id is never looked up: it may lie beyond the table.
         Raises: ValueError if V is not the number of placeholders, or an id lies beyond the table.
         """
-        ids = torch.as_tensor(input_ids, dtype=torch.int64).flatten()
+        ids = torch.as_tensor(input_ids, dtype=torch.int64, device="cpu").flatten()
         V, vocab = 0 if visual is None else len(visual), self.config.text.vocab
         placeholder = ids == self.config.image_token_id
         if (count := int(placeholder.sum())) != V:
@@ -642,7 +642,7 @@ class VLM(nn.Module):
         T = embeddings.shape[1]
         if positions is None:
             start = 0 if cache is None else cache.next_position
-            positions = torch.arange(start, start + T)
+            positions = torch.arange(start, start + T, device="cpu")
         if tuple(positions.shape) not in ((T,), (3, T)):
             raise ValueError(f"positions must be ({T},) or (3, {T}), got {tuple(positions.shape)}")
         if cache is None:
@@ -731,7 +731,8 @@ class VLM(nn.Module):
         """Yield the answer's tokens one by one, each as soon as it is known. hidden (1, T, E): what
         `read` returned for the prompt; cache: holds the prompt; the others as for `generate`."""
         stop = set(self.config.stop_ids if stop_ids is None else stop_ids)
-        generator = torch.Generator()  # its own, so that nobody else's draws change
+        temperature, top_p = float(temperature), float(top_p)
+        generator = torch.Generator("cpu")  # its own, so that nobody else's draws change
         generator.seed() if seed is None else generator.manual_seed(int(seed))
         for number in range(1, max_new_tokens + 1):
             with inference(self.device):
@@ -792,7 +793,7 @@ def check_sampling(
     """Raise ValueError for arguments of `VLM.generate` that mean nothing."""
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
-    if not isinstance(temperature, Real) or not 0 <= temperature < 2**127:
+    if not isinstance(temperature, Real) or not 0 <= float(temperature) < 2**127:
         raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
     if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")

@@ -158,7 +158,7 @@ class RetrievalCache(KVCache):
     ):
         super().__init__(layers, capacity)
         self.decode_sparsity = decode_sparsity
-        self.visual = torch.empty(0, dtype=torch.int64) if visual is None else visual
+        self.visual = torch.empty(0, dtype=torch.int64, device="cpu") if visual is None else visual
         self.relevance: list[Tensor] = []
         self.retrieved: list[Tensor] = []
         # Stages: context (packed None, scoring False), question (None, True), answer (a cache,
@@ -308,11 +308,9 @@ class SparseVILA:
         *,
         fps: float | None = None,
     ) -> None:
-        """Encode, prune and prefill a picture, a list of pictures or a clip; forget everything
-        before.
+        """Encode, prune and prefill a picture, several or a clip; forget everything before.
 
-        fps: frames per second, if a list holds the frames of a clip, or in place of a clip's own
-            times; None for separate pictures.
+        fps: frames per second of a clip's frames in a list, or in place of a clip's own times.
         The model's family decides which frames are shown, and how; no others are opened.
 
         Raises: OSError or ValueError if an image cannot be opened; ValueError if fps is out of
@@ -343,7 +341,7 @@ class SparseVILA:
         features, kept = self.prune(features, salience)
         kept = [index.cpu() for index in kept]  # for the layout
         for n, index in zip(sizes, kept, strict=True):
-            if (index.diff(prepend=torch.tensor([-1]), append=torch.tensor([n])) <= 0).any():
+            if (chosen := index.tolist()) != sorted({*chosen} & {*range(n)}):
                 raise ValueError(f"kept tokens must be ascending and below {n}, got {index}")
         watch.lap("prune")
 
@@ -358,8 +356,9 @@ class SparseVILA:
 
         # 5. Prefill once: what is cached now is never written again.
         embeddings = self.model.embed(ids, self.model.project(torch.cat(features)))
-        visual = (torch.tensor(ids) == self.processor.image_token_id).nonzero()[:, 0]  # rows
-        cache = self.new_cache(visual.to(self.model.device), capacity=len(ids) + SPARE_ROWS)
+        rows = [row for row, token in enumerate(ids) if token == self.processor.image_token_id]
+        visual = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+        cache = self.new_cache(visual, capacity=len(ids) + SPARE_ROWS)
         self.model.read(embeddings, cache, positions=positions, next_position=next_position)
         watch.lap("prefill")
 
@@ -453,8 +452,13 @@ class SparseVILA:
         self._check_idle()
         if self._turns:
             *turns, last = self._turns
-            self.cache.truncate(last.start)
-            self._turns = turns
+            try:
+                self.cache.truncate(last.start)
+                self._turns = turns
+            except BaseException:  # what was begun is ended: half a turn would be read
+                self._turns = turns
+                self.cache.truncate(last.start)
+                raise
 
     # Extension points. Override `prune` or `salience` for another choice of tokens; `cache_type` (a
     # RetrievalCache with another `score`) or `new_cache` (any KVCache) for another cache; `encode`
@@ -488,7 +492,7 @@ class SparseVILA:
     def _answer(self, text: str, tokens: list[int], rows_read: int, timings: dict) -> Answer:
         """The Answer, decoded after `rows_read` rows of context and question."""
         kept, layers = self.stats["visual_tokens"]["kept"], len(self.cache.k)
-        everything = [torch.arange(kept)] * layers  # a dense cache leaves nothing out
+        everything = [torch.arange(kept, device="cpu")] * layers  # a dense cache leaves nothing out
         retrieved = getattr(self.cache, "retrieved", everything)
         row_bytes = self.cache.k[0][:, :, 0].nbytes + self.cache.v[0][:, :, 0].nbytes
         rows_over_layers = sum(rows_read - kept + len(chosen) for chosen in retrieved)
@@ -507,7 +511,7 @@ class Dense(SparseVILA):
         return self.model.encode(pixels), []  # Dense.prune reads no salience
 
     def prune(self, features: PerView, salience: PerView) -> tuple[PerView, PerView]:
-        return features, [torch.arange(len(x)) for x in features]
+        return features, [torch.arange(len(x), device="cpu") for x in features]
 
     def new_cache(self, visual: Tensor, capacity: int) -> KVCache:
         return KVCache(self.model.config.text.layers, capacity)
@@ -561,7 +565,7 @@ def check_question(question: str) -> None:
 
 def check_fps(fps: float | None) -> None:
     """Raise ValueError unless fps is None or frames per second that a clip may have."""
-    if fps is not None and (not isinstance(fps, Real) or not 1e-6 <= fps < 2**31):
+    if fps is not None and (not isinstance(fps, Real) or not 1e-6 <= float(fps) < 2**31):
         raise ValueError(f"fps must be a number from 1e-6 to 2e9 or None, got {fps!r}")
 
 

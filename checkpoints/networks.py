@@ -80,6 +80,10 @@ def text_config(raw: dict) -> TextConfig:
 
     # 2. Rotary positions, linearly scaled or not.
     rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    if rope != (section.get("rope_scaling") or rope):
+        raise ValueError(
+            f"rope_parameters and rope_scaling disagree: {rope!r} and {section['rope_scaling']!r}"
+        )
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
     scaling = rope.get("rope_type", rope.get("type", "default"))

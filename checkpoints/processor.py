@@ -200,8 +200,8 @@ class Processor:
         """
         ids = self.context([len(index) for index in kept], views)
         if positions == "contiguous":
-            return Layout(ids, torch.arange(len(ids)), len(ids))
-        everything = torch.tensor(self.context(sizes, views))
+            return Layout(ids, torch.arange(len(ids), device="cpu"), len(ids))
+        everything = torch.tensor(self.context(sizes, views), device="cpu")
         visual = (everything == self.image_token_id).nonzero()[:, 0]
         first = accumulate(sizes, initial=0)  # of each view among all visual tokens
         stays = torch.ones_like(everything, dtype=torch.bool)
@@ -253,7 +253,7 @@ class Processor:
         tokenizer.no_truncation()  # a checkpoint may carry its training's settings
         tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self._added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        self._added = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
         image = tokenizer.id_to_token(self.image_token_id)
         if image is not None and image not in self._added:
             raise ValueError(
@@ -266,8 +266,8 @@ class Processor:
         inside = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
         with _tokenizing("the tokenizer is damaged"):  # some mark the start of a text by a space
             self._plain_at_start, self._plain = map(Tokenizer.from_str, (plain, inside))
+            text, marked = (tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         # What the tokenizer puts before any text: begin of text, where the family has it.
-        text, marked = (tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         starts = (n for n in range(len(marked)) if marked[n : n + len(text)] == text)
         self._begin_ids = marked[: next(starts, 0)]
         bytes_of = {tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
@@ -287,25 +287,32 @@ class Processor:
             raise ValueError(f"a prompt template must not hold {image!r}, got {template!r}")
         # _start{image}_lead{question}_reply{answer}_close{question}_last
         self._start, self._lead, self._reply, self._close, self._last = parts[::2]
-        # The special token that closes a turn ends an answer, whatever the files call the end.
-        closing = self._special.match(self._close)
-        self.stop_ids = (self.tokenizer.token_to_id(closing.group()),) if closing else ()
+        # The special token that closes a turn ends an answer, whatever the files call the end; in
+        # the family's own template as well, for so the model was trained.
+        closes = (t.partition("{answer}")[2].lstrip() for t in (template, self.template))
+        closing = filter(None, map(self._special.match, closes))
+        self.stop_ids = tuple(
+            dict.fromkeys(self.tokenizer.token_to_id(match.group()) for match in closing)
+        )
 
     def _encode(self, template: str, question: str = "", *, start: bool = False) -> list[int]:
         """Ids of a template: its own special tokens are commands, everything in the question is
         text. start: nothing comes before it."""
         ids: list[int] = []
-        position = 0
+        position, before = 0, None  # the special token before the text
         for match in [*self._special.finditer(template), None]:
             text = template[position : match.start() if match else None]
+            text = text.replace("{question}", question)
+            after = match and self._added[match.group()]
+            text = text.lstrip() if before and before.rstrip else text  # some swallow white space
+            text = text.rstrip() if after and after.lstrip else text
             if text:
-                text = text.replace("{question}", question)
                 plain = self._plain_at_start if start and position == 0 else self._plain
                 with _tokenizing(f"text that cannot be tokenized: {_short(text)}"):
                     ids += plain.encode(text, add_special_tokens=False).ids
             if match:
                 ids.append(self.tokenizer.token_to_id(match.group()))
-                position = match.end()
+                position, before = match.end(), after
         return ids
 
 
@@ -368,6 +375,10 @@ class Clip:
     begins: Sequence[float]  # ascending
     end: float
     rate: float
+
+    def __post_init__(self):
+        if not isinstance(self.frames, (Pictures, Animation)):  # paths, or pictures of any mode
+            object.__setattr__(self, "frames", Pictures(self.frames))
 
     @classmethod
     def even(cls, frames: Sequence[Image.Image], fps: float) -> "Clip":
@@ -457,7 +468,6 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
             return _upright_rgb(source)
     _check_file(source)
     with _readable(source), _open(source) as image:
-        image.load()
         return _upright_rgb(image)
 
 
@@ -515,13 +525,23 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
         raise _Refused(f"{kind} pixels have no known range, convert them to 8 bits")
+    stored = image.tile[0][3] if getattr(image, "tile", None) else None  # how: gone once it is read
+    image.load()  # damage shows now; read again, the picture would pass for whole
+    clear, tags = image.info.get("transparency"), getattr(image, "tag_v2", {})  # tags: TIFF's
+    if stored == "RGB;16B" and clear is not None:
+        raise _Refused("a transparent colour of 16 bits a channel is not read, convert to 8 bits")
+    if stored in ("L;2", "L;4") and isinstance(clear, int):  # unlike the pixels not scaled
+        image = image.copy()
+        image.info["transparency"] = clear * (85 if stored == "L;2" else 17)
     with suppress(Exception):  # a damaged Exif block, of which Pillow may raise anything
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, in a 16- or 32-bit container
-        wide, clear = image.convert("I"), image.info.get("transparency")
-        image = wide.point(lambda value: value * (1 / 256)).convert("L")
+        wide, bits = image.convert("I"), tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+        image = wide.point(lambda value: value * 2.0 ** (8 - bits)).convert("L")
         image.info.clear()
+        if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
+            image = ImageOps.invert(image)
         if clear is not None:  # one 16-bit value means transparent
             mask = ImageMath.lambda_eval(lambda of: (of["wide"] == clear) * 255, wide=wide)
             image.paste(255, mask=mask.convert("L"))
@@ -623,7 +643,7 @@ def read_tokenizer(folder: Folder, reach: int = 2**20) -> Tokenizer:
 
 
 SPARE_IDS = 2**16  # of a tokenizer, beyond those that the model knows
-MOST_GROWTH = 64  # of a text, by a tokenizer's normalizers
+MOST_GROWTH = 64  # of a text, by a tokenizer's normalizers or its decoders
 
 
 def check_tokenizer(file: Path, raw: dict, most: int) -> None:
@@ -645,14 +665,13 @@ def check_tokenizer(file: Path, raw: dict, most: int) -> None:
                 f"{file}: {token_of[number]!r} and {token!r} have the same id {number}"
             )
         token_of[number] = token
-    growth = 1.0
-    for step in _steps(raw.get("normalizer")):
-        if step.get("type") == "Replace":
-            pattern = step.get("pattern")
-            length = len(str(pattern.get("String") or "x")) if isinstance(pattern, dict) else 1
-            growth *= max(1, len(str(step.get("content"))) / length)
-    if growth > MOST_GROWTH:
-        raise ValueError(f"{file}: its normalizers make texts up to {growth:.3g} times as long")
+    for kind in ("normalizer", "decoder"):
+        growth = 1.0
+        for step in _steps(raw.get(kind), f"{kind}s"):
+            if step.get("type") == "Replace":
+                growth *= _growth(step.get("pattern"), len(str(step.get("content"))))
+        if growth > MOST_GROWTH:
+            raise ValueError(f"{file}: its {kind}s make texts up to {growth:.3g} times as long")
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if isinstance(prefix, str) and prefix and isinstance(merges, list):
         pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in merges)
@@ -660,15 +679,25 @@ def check_tokenizer(file: Path, raw: dict, most: int) -> None:
             raise ValueError(f"{file}: a merge lacks continuing_subword_prefix {prefix!r}")
 
 
-def _steps(normalizer: Any) -> Iterator[dict]:
-    """The normalizers of a sequence, however nested."""
-    waiting = [normalizer]
+def _steps(step: Any, inner: str) -> Iterator[dict]:
+    """The normalizers or decoders of a sequence, however nested."""
+    waiting = [step]
     while waiting:
         step = waiting.pop()
         if isinstance(step, dict):
             yield step
-            inner = step.get("normalizers")
-            waiting += inner if isinstance(inner, list) else []
+            waiting += step[inner] if isinstance(step.get(inner), list) else []
+
+
+def _growth(pattern: Any, content: int) -> float:
+    """How many times as long a text can become where `content` characters replace a pattern."""
+    pattern = pattern if isinstance(pattern, dict) else {}
+    if text := str(pattern.get("String") or ""):
+        return max(1, content / len(text))
+    with suppress(re.error):  # what may be empty is found before every character
+        if all(match.group() for match in re.finditer(str(pattern.get("Regex") or ""), "a 1_\n")):
+            return max(1, content)
+    return 1 + content
 
 
 @contextmanager

@@ -62,11 +62,14 @@ class Processor(processor.Processor):
         self.image_size = values.edge(settings, self.size_key, {"longest_edge"})
         self.longest_edge = values.edge(settings, "size", {"longest_edge"}, most=4096)
         self.split = values.flag(settings, "do_image_splitting", True)
-        video = settings.get("video_processor", settings)
-        if "num_frames" in video:  # newer files have the sampling's settings twice, or only so
-            sizes = {"max_frames": video["num_frames"], "video_size": video.get("size")}
-            video = {"video_sampling": {"fps": video.get("fps")} | sizes}
-        video = video.get("video_sampling")
+        section = settings.get("video_processor", settings)
+        video = section.get("video_sampling")
+        if video is None and {"fps", "num_frames"} & section.keys():  # newer files
+            names = {"max_frames": "num_frames", "fps": "fps", "video_size": "size"}
+            video = {name: section[theirs] for name, theirs in names.items() if theirs in section}
+        for name, ours in (("image_mean", self.mean), ("image_std", self.std)):
+            if not values.per_channel(section, name, ours.flatten().tolist()).equal(ours):
+                raise ValueError(f"{name} of clips must be that of pictures, got {section[name]!r}")
         self.clip_frames = self.clip_fps = None  # SmolVLM: frames are pictures
         if isinstance(video, dict):
             self.clip_frames = values.size(video, "max_frames", 64)

@@ -120,7 +120,7 @@ def per_channel(raw: dict, key: str, default: list[float]) -> Tensor:
     )
     if not numbers or len(values) != 3 or (key == "image_std" and 0 in values):
         raise ValueError(f"{key} in preprocessor_config.json must be 3 numbers, got {values!r}")
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)
 
 
 def switched_on(raw: dict, key: str) -> None:
@@ -163,8 +163,8 @@ def stop_ids(folder: Folder) -> tuple[int, ...]:
 def stored_dtype(folder: Folder) -> torch.dtype:
     """The dtype of the weights in the files; float32 if none is named."""
     raw, text = folder.config, section(folder.config, "text_config")
-    places = raw.get("torch_dtype"), raw.get("dtype"), raw.get("model_dtype")
-    places += text.get("torch_dtype"), text.get("dtype")
+    places = raw.get("dtype"), raw.get("torch_dtype"), raw.get("model_dtype")
+    places += text.get("dtype"), text.get("torch_dtype")
     name = next((place for place in places if place is not None), "float32")
     accepted = ("float32", "float16", "bfloat16")
     if not isinstance(name, str) or name.removeprefix("torch.") not in accepted:

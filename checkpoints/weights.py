@@ -52,7 +52,10 @@ def is_unused(ours: str, model: nn.Module) -> bool:
 
 def weight_files(folder: Folder) -> dict[Path, str]:
     """The safetensors files of a checkpoint, and what stands before the names of their tensors:
-    nothing or, in a checkpoint in parts, the name of the file's folder and a dot."""
+    nothing or, in a checkpoint in parts, the name of the file's folder and a dot. Raises:
+    ValueError for a checkpoint in parts that is there as a whole, too."""
+    if "" not in folder.parts and (whole := folder.path / "model.safetensors").exists():
+        raise ValueError(f"{whole} stands beside the parts {', '.join(folder.parts)}: remove one")
     return {
         file: f"{part}." if part else ""
         for part in folder.parts

@@ -294,6 +294,31 @@ def test_an_interrupted_ask_leaves_the_session_as_it_was(shape, options, when, d
     assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[2]) for s in (session, other)))
 
 
+def test_an_interrupted_forget_has_forgotten(tiny, board):
+    """Wherever in the eviction the interrupt comes, once."""
+    session, other = SparseVILA(*tiny), SparseVILA(*tiny)
+    for s in (session, other):
+        s.see(board)
+    truncate = session.cache.truncate
+    for after in (False, True):
+        session.ask(QUESTIONS[1])
+        calls = iter([True])
+
+        def interrupted(length, after=after, calls=calls):
+            if after:
+                truncate(length)
+            if next(calls, False):
+                raise Stop
+            truncate(length)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(session.cache, "truncate", interrupted)
+            session.forget()
+        assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[0]) for s in (session, other)))
+        for s in (session, other):
+            s.forget()
+
+
 def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, board):
     """At each of the last instructions of Python's own machine, where Ctrl-C may come."""
 

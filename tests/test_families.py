@@ -222,6 +222,7 @@ def tensors(file, change):
 
 
 LLM = "llm/model.safetensors"
+CLIPS = "video_preprocessor_config.json"
 TABLE = "model.embed_tokens.weight"
 
 
@@ -250,6 +251,12 @@ def without_token(token: str):
         ("nvila", change("vision_tower/config.json", model_type="radio"), "vision .*got 'radio'"),
         ("nvila", change("llm/config.json", model_type="gemma"), "text model_type .*'gemma'"),
         ("nvila", lambda f: (f / LLM).unlink(), "must hold .safetensors weights, found none"),
+        ("nvila", lambda f: shutil.copy(f / LLM, f), "stands beside the parts .*: remove one"),
+        (
+            "smolvlm2",
+            lambda f: (f / CLIPS).write_text('{"image_mean": [0, 0, 0]}'),
+            "image_mean of clips must be that of pictures, got",
+        ),
         ("nvila", lambda f: (f / "llm/config.json").unlink(), "no config.json in .*llm"),
         ("nvila", lambda f: shutil.rmtree(f / "mm_projector"), "no config.json in .*mm_projector"),
         ("nvila", lambda f: (f / "llm/merges.txt").unlink(), "no tokenizer.json in"),
@@ -283,6 +290,35 @@ def test_odd_folders_are_refused_in_one_line(name, damage, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("name", ["smolvlm", "nvila_hf"])
+def test_special_tokens_that_swallow_white_space_do(tmp_path, name, side):
+    """Against the tokenizers library, which encodes the whole text at once."""
+    folder = copied(name, tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token[side] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    processor = load_processor(folder)
+    stop = processor.tokenizer.id_to_token(processor.stop_ids[0])
+    processor.set_template(f"{{image}}{{question}}{{answer}} {stop} \n{{question}} {stop} \nyes:")
+    text = processor._close + "why?" + processor._last
+    expected = processor.tokenizer.encode(text, add_special_tokens=False).ids
+    assert processor.question("why?", first=False) == expected
+    spaces = (
+        text.replace(" " + stop, stop) if side == "lstrip" else text.replace(stop + " \n", stop)
+    )
+    assert processor.question("why?", first=False) == processor._encode(spaces)
+
+
+@pytest.mark.parametrize("close", ["", " <end_of_utterance>", "\n<end_of_utterance>"])
+def test_a_template_of_ones_own_leaves_the_familys_end_of_turn(close):
+    processor = load_processor(GOLDEN / "smolvlm")
+    (stop,) = processor.stop_ids
+    processor.set_template(f"{{image}}{{question}}{{answer}}{close}\n{{question}}")
+    assert processor.stop_ids == (stop,)
 
 
 def test_added_tokens_may_stand_in_the_tokenizers_settings(tmp_path):

@@ -282,6 +282,11 @@ MANY = 500 * "{image}" + 500 * "{question}" + 500 * "{answer}"  # refused in lin
         (config(projector_hidden_act="sin"), ValueError, "projector_hidden_act must be .*'sin'"),
         (text_config(model_type="mamba"), ValueError, "text model_type must be .*'mamba'"),
         (text_config(rope_scaling={"type": "yarn"}), ValueError, "rope scaling .*'yarn'"),
+        (
+            text_config(rope_scaling={"factor": 2.0}, rope_parameters={"factor": 4.0}),
+            ValueError,
+            "rope_parameters and rope_scaling disagree: {'factor': 4.0} and {'factor': 2.0}",
+        ),
         (text_config(rope_scaling={"factor": 2.0}), ValueError, "rope scaling .*'factor': 2.0"),
         (config(tie_word_embeddings="false"), ValueError, "must be true or false, got 'false'"),
         (config(multimodal_projector_bias=1), ValueError, "must be true or false, got 1"),
@@ -570,9 +575,11 @@ def test_every_family_knows_how_its_turns_are_closed(name):
 # --- tokenizers that the tokenizers library answers with gigabytes, minutes or a panic ------------
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}
+
+
 def grow(tokenizer):
-    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}
-    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [step] * 11}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [REPLACE] * 11}
 
 
 def slow_split(tokenizer):
@@ -592,6 +599,19 @@ BAD_TOKENIZERS = {
     ),
     "no id": (lambda t: t["model"]["vocab"].update(zzz="9"), "the id of 'zzz' must be"),
     "texts that explode": (grow, r"its normalizers make texts up to 8.59e\+09 times as long"),
+    "answers that explode": (
+        lambda t: t.update(decoder={"type": "Sequence", "decoders": [REPLACE] * 11}),
+        r"its decoders make texts up to 8.59e\+09 times as long",
+    ),
+    "something for nothing": (
+        lambda t: t.update(
+            normalizer={
+                "type": "Sequence",
+                "normalizers": [REPLACE | {"pattern": {"Regex": "(?=.)"}, "content": "a"}] * 30,
+            }
+        ),
+        r"its normalizers make texts up to 1.07e\+09 times as long",
+    ),
     "merges without their prefix": (
         lambda t: t["model"].update(continuing_subword_prefix="#####"),
         "a merge lacks continuing_subword_prefix '#####'",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import re
 import struct
 import zlib
@@ -117,6 +118,61 @@ def test_a_transparent_16_bit_value_is_compared_with_all_its_bits(tmp_path):
     (tmp_path / "key.png").write_bytes(png(4, 1, 16, 0, *chunks))
     image = open_picture(tmp_path / "key.png")
     assert [image.getpixel((x, 0))[0] for x in range(4)] == [255, 0x12, 0, 255]
+
+
+def test_a_transparent_value_of_few_bits_is_scaled_like_the_pixels(tmp_path):
+    for bits, values in (
+        (1, [0, 1, 1, 0]),
+        (2, [0, 1, 2, 3]),
+        (4, [0, 5, 15, 3]),
+        (8, [0, 5, 9, 7]),
+    ):
+        packed = int("".join(f"{v:0{bits}b}" for v in values), 2) << -4 * bits % 8
+        row = b"\0" + packed.to_bytes(-(-4 * bits // 8), "big")
+        chunks = b"tRNS" + struct.pack(">H", values[1]), b"IDAT" + zlib.compress(row)
+        (tmp_path / "key.png").write_bytes(png(4, 1, bits, 0, *chunks))
+        image = open_picture(tmp_path / "key.png")
+        right = [255 if v == values[1] else round(255 * v / (2**bits - 1)) for v in values]
+        assert [image.getpixel((x, 0))[0] for x in range(4)] == right
+    row = b"\0" + struct.pack(">6H", *[0x1234] * 3, 0x1235, 0x1234, 0x1234)
+    chunks = b"tRNS" + struct.pack(">3H", *[0x1234] * 3), b"IDAT" + zlib.compress(row)
+    (tmp_path / "key.png").write_bytes(png(2, 1, 16, 2, *chunks))
+    with pytest.raises(ValueError, match="a transparent colour of 16 bits a channel"):
+        open_picture(tmp_path / "key.png")
+
+
+def tiff(bits, photometric, data):
+    """A TIFF file of two gray pixels, by hand."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
+    tags += [(278, 1), (279, len(data))]
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(data) + len(data) % 2)
+    return start + data + b"\0" * (len(data) % 2) + struct.pack("<H", 9) + body + bytes(4)
+
+
+@pytest.mark.parametrize("bits, data", [(16, b"\0\0\xff\xff"), (12, b"\0\x0f\xff"), (8, b"\0\xff")])
+def test_a_tiff_says_how_bright_its_values_are(tmp_path, bits, data):
+    for photometric, right in ((0, [255, 0]), (1, [0, 255])):  # 0: white is zero
+        (tmp_path / "gray.tiff").write_bytes(tiff(bits, photometric, data))
+        if (bits, photometric) == (12, 0):  # not even Pillow reads it
+            with pytest.raises(ValueError, match="gray.tiff is not a picture"):
+                open_picture(tmp_path / "gray.tiff")
+            continue
+        image = open_picture(tmp_path / "gray.tiff")
+        assert [image.getpixel((x, 0))[0] for x in (0, 1)] == right
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff"])
+def test_a_damaged_picture_that_was_opened_before_is_refused(tmp_path, suffix):
+    """Pillow raises only when it is read for the first time."""
+    file = tmp_path / f"good.{suffix}"
+    noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3))
+    noise.save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    for source in (file, Image.open(file)):
+        with pytest.raises(ValueError, match="cannot be read"):
+            open_picture(source)
 
 
 def test_the_cover_of_an_apng_is_not_a_frame(tmp_path):

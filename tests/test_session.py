@@ -403,6 +403,7 @@ MODES = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another device": lambda: torch.device("meta"),  # as set_default_device sets it
 }
 
 

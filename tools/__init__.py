@@ -4,7 +4,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,7 +12,8 @@ from pathlib import Path
 def command(program: str, *, reads_input: bool = False) -> Iterator[None]:
     """Within, everything that goes wrong becomes an exit status and at most one line on standard
     error: 2 for bad input or a machine that lacks something, 130 for Ctrl-C, 141 if nobody reads
-    the output on (as in `| head`)."""
+    the output on (as in `| head`). What libraries of other languages write there before they fail
+    (tokenizers, libtiff) cannot be held back from here."""
     try:
         if sys.stdout is None:
             raise ValueError("standard output must be open")
@@ -29,7 +30,9 @@ def command(program: str, *, reads_input: bool = False) -> Iterator[None]:
         raise SystemExit(141) from None
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         words = " ".join(str(error).split()) or type(error).__name__  # torch's: RuntimeError
-        print(f"{program}: error: {words}", file=sys.stderr)
+        with suppress(OSError):
+            if sys.stderr:  # closed, it would be standard output
+                print(f"{program}: error: {words}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         try:
