@@ -5,8 +5,9 @@
     VisionZip, PruMerge                                tokens merged after the vision tower
     FastV, SparseVLM                                   tokens dropped inside the decoder
     FirstTurnOracle                                    the best tokens for the first answer
-    RandomSalience, RandomRetrieval, MeanSalience,     SparseVILA with one thing changed
-    OneIndexSet, VisualSoftmax, Reselect, ReselectEveryTwo
+    RandomSalience, RandomRetrieval, FromTheQuestion,  SparseVILA with one thing changed
+    MeanSalience, OneIndexSet, VisualSoftmax,
+    Reselect, ReselectEveryTwo
 
 `prefill_sparsity` says how many tokens a method may keep: keep_count(n, sparsity) of n. Where a
 definition cannot give that number exactly, `session.stats` and `Answer.retrieved` have what came
@@ -500,6 +501,24 @@ class RandomRetrieval(SparseVILA):
     """A relevance that means nothing."""
 
     cache_type = RandomCache
+
+
+class TextCache(RetrievalCache):
+    """See `FromTheQuestion`."""
+
+    def start_answer(self) -> None:
+        super().start_answer()
+        self.retrieved = [chosen[:0] for chosen in self.retrieved]
+
+    def packed_rows(self, chosen: Tensor) -> Tensor:
+        return super().packed_rows(chosen[:0])
+
+
+class FromTheQuestion(SparseVILA):
+    """Decodes from text alone: from what the rows of the question, which saw all that was kept,
+    brought along."""
+
+    cache_type = TextCache
 
 
 class RandomSalience(SparseVILA):

@@ -151,7 +151,7 @@ class RetrievalCache(KVCache):
     def __init__(
         self,
         layers: int,
-        decode_sparsity: float = 0.9,
+        decode_sparsity: float = 0.8,
         *,
         visual: Tensor | None = None,
         capacity: int = 256,
@@ -278,7 +278,7 @@ class SparseVILA:
         processor: Processor,
         *,
         prefill_sparsity: float = 0.75,
-        decode_sparsity: float = 0.9,
+        decode_sparsity: float = 0.8,
         scope: str = "frame",
         positions: str = "contiguous",
         protocol: str = "conversation",

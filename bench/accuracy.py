@@ -1,14 +1,14 @@
-"""`python -m bench accuracy`: SparseVILA, other methods and variants on unseen scenes.
+"""`python -m bench accuracy`: SparseVILA, other methods and variants on unseen pages.
 
-Every picture is asked for a colour, a digit, a place and a count, in random order in one session;
-every clip which frame shows a digit. Answers are generated freely, token by token, and must be
-right to the last character. For colour, digit and place together, the *first* word (computed
-densely, straight after the question) and the *later* ones (decoded from what was retrieved) are
-also counted separately, and so are the first and the later questions of a session.
+Every page is asked for a value, a name, its title, a line, and for the names of all its lines, in
+random order in one session; every clip of three pages which page has a name. Answers are generated
+freely, token by token, and must be right to the last character. Of value, name and title together
+are also counted: the *first token* (computed densely, straight after the question), the *later
+tokens* (decoded from what was retrieved), each compared with the right answer's at its place, and
+the first and the later questions of a session.
 """
 
 import argparse
-import itertools
 import multiprocessing
 import os
 import random
@@ -23,11 +23,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import baselines
 from checkpoints import load
 from sparsevila import Answer, Dense, SparseVILA
-from tiny.scenes import make_scene, question_and_answer, render, to_images
+from tiny.scenes import make_scene, needed_patches, question_and_answer, render, to_images
 
 from . import (
     TINY,
@@ -40,7 +41,9 @@ from . import (
     show_progress,
 )
 
-LOOKUPS = ("color", "digit", "place")
+LOOKUPS = ("value", "name", "title")
+KINDS = (*LOOKUPS, "line", "list")
+CLIP = 3  # pages
 
 
 class Method(NamedTuple):
@@ -48,7 +51,7 @@ class Method(NamedTuple):
 
     kind: type[SparseVILA]
     prefill_sparsity: float = 0.75
-    decode_sparsity: float = 0.9
+    decode_sparsity: float = 0.8
     options: dict = {}
 
     def session(self, model_path: str, seed: int = 0) -> SparseVILA:
@@ -67,24 +70,21 @@ class Method(NamedTuple):
 # --- the methods ----------------------------------------------------------------------------------
 
 
-# Of 100 visual tokens SparseVILA keeps 25 and attends to 3 while it decodes. Methods that only
-# prune appear with either budget: 25 tokens, and 3 for the same cost of decoding. FastV and
-# SparseVLM cannot go below half of the tokens in four layers: 62 are for comparison with them.
+# Of 400 visual tokens SparseVILA keeps 100 and attends to 40, 20 or 10 of them while it decodes.
+# Methods that only prune appear with either budget: 100 tokens, and 40 or less for the same cost of
+# decoding. FastV and SparseVLM read the first layers whole: of six layers they attend to no less
+# than a third.
 VARIANTS = {
     "global scope": Method(SparseVILA, options={"scope": "global"}),
     "original positions": Method(SparseVILA, options={"positions": "original"}),
     "mean-attention salience": Method(baselines.MeanSalience),
     "random salience": Method(baselines.RandomSalience),
-    "random relevance": Method(baselines.RandomRetrieval),
     "one index set for all layers": Method(baselines.OneIndexSet),
     "relevance over visual keys only": Method(baselines.VisualSoftmax),
     "retrieved anew every 8 tokens": Method(baselines.Reselect),
     "retrieved anew every 2 tokens": Method(baselines.ReselectEveryTwo),
 }
-
-
 PRUNERS = {
-    "pruning only": SparseVILA,
     "random": baselines.RandomPruning,
     "uniform": baselines.Uniform,
     "pool": baselines.Pool,
@@ -94,36 +94,58 @@ PRUNERS = {
     "PruMerge": baselines.PruMerge,
     "FastV": baselines.FastV,
     "SparseVLM": baselines.SparseVLM,
-    "first-turn oracle": baselines.FirstTurnOracle,
 }
+BUDGETS = {40: 0.6, 20: 0.8, 10: 0.9}  # tokens of a kept hundred: decode sparsity
 METHODS = {
     "dense": Method(Dense, 0, 0),
-    "SparseVILA": Method(SparseVILA),
+    **{f"SparseVILA, {n}": Method(SparseVILA, 0.75, s) for n, s in BUDGETS.items()},
+    **{
+        f"random relevance, {n}": Method(baselines.RandomRetrieval, 0.75, s)
+        for n, s in BUDGETS.items()
+    },
+    "no visual token behind the first": Method(baselines.FromTheQuestion),
     "blind": Method(baselines.Blind, 0, 0),
+    **{f"pruning only, {n}": Method(SparseVILA, 1 - n / 400, 0) for n in (100, *BUDGETS)},
     **{
-        f"{name}, {keep}": Method(kind, sparsity, 0)
+        f"first-turn oracle, {n}": Method(baselines.FirstTurnOracle, 1 - n / 400, 0)
+        for n in BUDGETS
+    },
+    **{f"retrieval only, {n}": Method(SparseVILA, 0, 1 - n / 400) for n in BUDGETS},
+    **{
+        f"{name}, {n}": Method(kind, 1 - n / 400, 0)
         for name, kind in PRUNERS.items()
-        for keep, sparsity in ((25, 0.75), (3, 0.975))
+        for n in (100, 20)
     },
-    **{
-        f"{name}, 62": Method(PRUNERS[name], 0.38, 0)
-        for name in ("pruning only", "random", "uniform")
-    },
-    **{f"retrieval only, {n}": Method(SparseVILA, 0, 1 - n / 100) for n in (62, 3)},
-    **{f"SparseVILA, {name}": method for name, method in VARIANTS.items()},
+    **{f"SparseVILA, 20, {name}": method for name, method in VARIANTS.items()},
 }
+# The rows that are measured unless others are named: the method, what it is compared with, and what
+# must fail if choosing the right tokens matters.
+MAIN = (
+    "dense", "pruning only, 100",
+    "SparseVILA, 40", "SparseVILA, 20", "SparseVILA, 10",
+    "random relevance, 40", "random relevance, 20", "random relevance, 10",
+    "no visual token behind the first", "blind", "SparseVILA, 20, random salience",
+    "SparseVILA, 20, one index set for all layers",
+    "pruning only, 40", "pruning only, 20", "pruning only, 10",
+    "first-turn oracle, 40", "first-turn oracle, 20", "retrieval only, 20",
+)  # fmt: skip
 # What it costs (see `measure`), then per cent right.
 COSTS = ("entering", "attended", "KV kB", "CPU ms")
 COLUMNS = (
-    *COSTS, "color", "digit", "place", "first word", "later words", "first turn", "later turns",
-    "later turns, conversation", "count", "frame",
+    *COSTS, *LOOKUPS, "first token", "later tokens", "first turn", "later turns",
+    "later turns, conversation", "line", "list", "page",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="ROW"
+        "--methods",
+        nargs="+",
+        choices=[*METHODS, "all"],
+        default=MAIN,
+        metavar="ROW",
+        help=f"rows of the table, or all {len(METHODS)} (default: the {len(MAIN)} of MAIN)",
     )
     parser.add_argument("--questions", type=positive, default=500, help="of each kind, in all")
     parser.add_argument("--seeds", type=positive, default=5)
@@ -135,7 +157,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_figure(arguments.figure)
     if arguments.seeds < 2 or arguments.questions < arguments.seeds:
         raise ValueError("--seeds must be at least 2, and --questions at least as many")
-    result = accuracy(arguments.methods, arguments.questions, arguments.seeds)
+    names = METHODS if "all" in arguments.methods else arguments.methods
+    result = accuracy(list(names), arguments.questions, arguments.seeds)
     report(result, print_accuracy, draw_accuracy, arguments)
 
 
@@ -157,7 +180,7 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
     arguments = []
     for name, protocol, seed in jobs:
         method = METHODS[name]._replace(options=METHODS[name].options | {"protocol": protocol})
-        arguments.append((method, str(TINY), each, (1, 4), seed * each))
+        arguments.append((method, str(TINY), each, (1, CLIP), seed * each))
     results: dict[str, dict] = {name: defaultdict(list) for name in names}
     with workers() as pool:
         measured = pool.map(measure, *zip(*arguments))
@@ -178,51 +201,63 @@ def measure(
     method: Method,
     model_path: str,
     questions: int,
-    pictures: tuple[int, ...] = (1, 4),
+    pages: tuple[int, ...] = (1, CLIP),
     first: int = 0,
 ) -> dict[str, float]:
     """Percentages of right answers by question kind and part, for one method; as many scenes of
-    each number of pictures, from the `first` on. And what look-ups cost, means: "entering" and
-    "attended", visual tokens of a picture that a layer reads in prefill and for every generated
-    token; "KV kB", kilobytes of keys and values, of text too, that all layers read for it; "CPU
-    ms", milliseconds of the processor for a picture and its questions."""
+    each number of pages, from the `first` on. "needed, layer 1" and so on is the share of the
+    patches with the characters of look-ups' answers that a layer attends to. And what look-ups
+    cost, means: "entering" and "attended", visual tokens of a page that a layer reads in prefill
+    and for every generated token; "KV kB", kilobytes of keys and values, of text too, that all
+    layers read for it; "CPU ms", milliseconds of the processor for a page and its questions."""
     session = method.session(model_path, seed=first)
-    right: dict[str, list[bool]] = defaultdict(list)
+    right: dict[str, list[float]] = defaultdict(list)
     costs: dict[str, list[float]] = defaultdict(list)
-    for number in range(len(pictures) * questions):
-        frames = pictures[number // questions]
-        rng = random.Random(f"evaluate {first + number % questions + 10**6 * (frames - 1)}")
-        scene = make_scene(rng, frames)
+    for number in range(len(pages) * questions):
+        count = pages[number // questions]
+        rng = random.Random(f"evaluate {first + number % questions + 10**6 * (count - 1)}")
+        scene = make_scene(rng, count)
         images, began = to_images(render(scene, rng)), time.process_time()
         session.see(images)
-        kinds = rng.sample(("color", "digit", "place", "count"), 4) if frames == 1 else ["frame"]
-        for turn, kind in enumerate(kinds):
-            question, expected = question_and_answer(kind, scene, rng)
+        for turn, kind in enumerate(rng.sample(KINDS, len(KINDS)) if count == 1 else ["page"]):
+            line = rng.choice(rng.choice(scene).lines)
+            question, expected = question_and_answer(kind, scene, rng, line)
             answer = session.ask(question, max_new_tokens=32)
-            words = zip(parts(answer.text), parts(expected))
-            first_word, later_words = (got == wanted for got, wanted in words)
             right[kind].append(answer.text == expected)
             if kind in LOOKUPS:
-                right["first word"].append(first_word)
-                right["later words"].append(later_words)
                 which = "first turn" if turn == 0 else "later turns"
                 right[which].append(answer.text == expected)
+                wanted = tokens_of_text(session, expected)
+                same = [a == b for a, b in zip(answer.token_ids, wanted)]
+                same += [False] * (len(wanted) - len(same))
+                right["first token"].append(same[0])
+                right["later tokens"] += same[1:]
+                needed = torch.tensor(needed_patches(kind, scene[0], line))
+                for layer, share in enumerate(attended_shares(session, answer, needed), 1):
+                    right[f"needed, layer {layer}"].append(share)
                 costs["entering"].append(session.stats["visual_tokens"]["kept"])
-                costs["attended"].append(tokens_of(session, answer))
+                costs["attended"].append(attended(session, answer))
                 costs["KV kB"].append(kv_bytes(session, answer) / 1000)
-        if frames == 1:
+        if count == 1:
             costs["CPU ms"].append(1000 * (time.process_time() - began))
     percentages = {column: 100 * statistics.mean(values) for column, values in right.items()}
     return percentages | {column: statistics.mean(values) for column, values in costs.items()}
 
 
-def parts(answer: str) -> tuple[str, str]:
-    """The first word of an answer, and the rest."""
-    first, *rest = re.split(r"[,:]", answer, maxsplit=1)
-    return first, "".join(rest)
+def tokens_of_text(session: SparseVILA, text: str) -> list[int]:
+    """An answer's tokens, the stop token left out."""
+    return session.processor.tokenizer.encode(" " + text, add_special_tokens=False).ids
 
 
-def tokens_of(session: SparseVILA, answer: Answer) -> float:
+def attended_shares(session: SparseVILA, answer: Answer, patches: Tensor) -> list[float]:
+    """In every layer, the share of these patches (n,) of a single page whose tokens were read."""
+    kept = session.kept[0]
+    return [
+        float(torch.isin(patches, kept[chosen.cpu()]).float().mean()) for chosen in answer.retrieved
+    ]
+
+
+def attended(session: SparseVILA, answer: Answer) -> float:
     """Visual tokens that a layer attends to, cluster means included; mean over layers."""
     counts = [len(chosen) for chosen in answer.retrieved]
     return (sum(counts) + clusters_of(session)) / len(counts)
@@ -284,37 +319,47 @@ def print_accuracy(result: dict) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-OURS = ("SparseVILA", "pruning only", "retrieval only")  # drawn in black
+NEEDED = r"needed, layer \d+"  # columns that --json and the figure have
+CURVES = ("SparseVILA", "retrieval only", "first-turn oracle", "pruning only", "random relevance")
 
 
 def draw_accuracy(result: dict, file: str) -> None:
-    """Right answers in later turns against visual tokens attended to, all methods; the variants
-    of SparseVILA, most of which would lie on it, if nothing else was measured."""
+    """Left, right answers in later turns against visual tokens attended to; right, the share of the
+    patches with the answer that each layer attends to. Of the methods that the table has, those of
+    `CURVES`, labelled at their lines, and the dense model as a dotted one."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(9, 5.5))
-    markers = itertools.cycle("s*xoD^v<>PXd+1p")
-    variants = {f"SparseVILA, {variant}" for variant in VARIANTS}
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in [name for name in result["methods"] if name not in variants]:
-        groups[name.rsplit(",", 1)[0]].append(name)
-    for group, names in (groups or {name: [name] for name in result["methods"]}).items():
-        points = sorted(
-            [result["methods"][name] for name in names], key=lambda point: point["attended"]
-        )
-        x = [max(point["attended"][0], 0.7) for point in points]  # blind has no place on a log axis
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    looks = zip(CURVES, ("C0", "C2", "C4", "C1", "0.5"), "os^Dx")
+    methods = result["methods"]
+    for curve, colour, marker in looks:
+        points = [methods[n] for n in methods if re.fullmatch(rf"{curve}, \d+", n)]
+        if not points:
+            continue
+        points.sort(key=lambda point: point["attended"])
+        x = [point["attended"][0] for point in points]
         y, error = zip(*(point["later turns"] for point in points))
-        ours = group in OURS
-        axes.errorbar(
-            x, y, error, label=group, marker=next(markers), linestyle=":", capsize=3,
-            color="black" if ours else "0.45", markersize=16 if group == OURS[0] else 8,
-            markerfacecolor="black" if ours else "white",
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xticks([0.7, 3, 10, 25, 50, 100], ["0", "3", "10", "25", "50", "100"])
-    axes.minorticks_off()
-    axes.set_xlabel("visual tokens of 100 that a layer attends to for each generated token")
-    axes.set_ylabel("right answers in later turns, %")
-    axes.set_ylim(-3, 105)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(file, dpi=110, bbox_inches="tight")
+        left.errorbar(x, y, error, color=colour, marker=marker, capsize=3)
+        left.annotate(curve, (x[-1], y[-1]), (8, -14), "data", "offset points", color=colour)
+    if "dense" in methods:
+        left.axhline(methods["dense"]["later turns"][0], color="black", linestyle=":")
+    left.set_xscale("log")
+    left.set_xticks([10, 20, 40, 100], ["10", "20", "40", "100"])
+    left.set_xlim(8, 400)
+    left.minorticks_off()
+    left.set_xlabel("visual tokens, of 400, that a layer attends to")
+    left.set_ylabel("right answers in later turns, %")
+    for curve, colour, marker in zip(("SparseVILA", "random relevance"), ("C0", "0.5"), "ox"):
+        for name in (name for name in methods if re.fullmatch(rf"{curve}, \d+", name)):
+            columns = [column for column in methods[name] if re.fullmatch(NEEDED, column)]
+            shares = [methods[name][column][0] for column in columns]
+            right.plot(range(1, len(shares) + 1), shares, color=colour, marker=marker)
+            end = len(shares), shares[-1]
+            right.annotate(name, end, (8, -4), "data", "offset points", color=colour)
+            right.set_xticks(range(1, len(shares) + 1))
+            right.set_xlim(0.6, 1.6 * len(shares))
+    right.set_xlabel("layer")
+    right.set_ylabel("patches with the answer that are attended to, %")
+    for axes in (left, right):
+        axes.set_ylim(-3, 105)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)

@@ -1,4 +1,4 @@
-"""`python -m bench needle`: six glyphs in one frame of a clip, and a question about one of them."""
+"""`python -m bench needle`: clips of growing length, and a question about a line of one page."""
 
 import argparse
 import itertools
@@ -21,13 +21,13 @@ from . import (
     report,
     show_progress,
 )
-from .accuracy import LOOKUPS, METHODS, Method, tokens_of, workers
+from .accuracy import METHODS, Method, attended, workers
 
-LENGTHS = (2, 4, 6, 8, 12, 16)  # frames of 100 visual tokens
+LENGTHS = (1, 2, 3, 4, 6)  # pages of 400 visual tokens
 TRAINED = 4  # the longest clips that the tiny model was trained on
 DEPTHS = (0, 25, 50, 75, 100)  # per cent of the clip before the needle's frame
 NEEDLE_METHODS = (
-    "dense", "SparseVILA", "pruning only, 3", "VisionZip, 25", "PruMerge, 25",
+    "dense", "SparseVILA, 20", "random relevance, 20", "pruning only, 20", "retrieval only, 20",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def needle(names: list[str], clips: int) -> dict:
-    """Share of right answers about one glyph, by length of the clip and depth of its frame."""
+    """Share of right answers about one line, by length of the clip and depth of its page."""
     names = list(dict.fromkeys(names))
     cells = [(name, frames, depth) for name in names for frames in LENGTHS for depth in DEPTHS]
     arguments = [
@@ -72,19 +72,19 @@ def needle(names: list[str], clips: int) -> dict:
 def find_needle(
     method: Method, model_path: str, frames: int, depth: int, clips: int
 ) -> dict[str, float]:
-    """Percentage of look-ups answered right about a glyph in frame `depth` of clips of that many
-    frames, and visual tokens of a clip that a layer attends to."""
+    """Percentage of values by name and names by value told right of page `depth` of clips of that
+    many pages, and visual tokens of a clip that a layer attends to."""
     session = method.session(model_path)
-    right, attended = [], []
+    right, read = [], []
     for number in range(clips):
         rng = random.Random(f"needle {frames} {depth} {number}")
         scene, needle = make_needle(rng, frames, depth)
         session.see(to_images(render(scene, rng)))
-        question, expected = question_and_answer(LOOKUPS[number % 3], scene, rng, needle)
+        question, expected = question_and_answer(("value", "name")[number % 2], scene, rng, needle)
         answer = session.ask(question, max_new_tokens=16)
         right.append(answer.text == expected)
-        attended.append(tokens_of(session, answer))
-    return {"right": 100 * sum(right) / clips, "attended": sum(attended) / clips}
+        read.append(attended(session, answer))
+    return {"right": 100 * sum(right) / clips, "attended": sum(read) / clips}
 
 
 def print_needle(result: dict) -> None:
@@ -94,7 +94,7 @@ def print_needle(result: dict) -> None:
         f"{result['clips']} clips for each length and depth; mean over depths (worst depth); "
         "* longer than any in training\n"
     )
-    heads = [f"{n} frames{' *' if n > result['trained'] else ''}" for n in result["lengths"]]
+    heads = [f"{n} pages{' *' if n > result['trained'] else ''}" for n in result["lengths"]]
     print("| method | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
     for name, lengths in result["right"].items():
         cells = [f"{statistics.mean(v):.0f} ({min(v):.0f})" for v in lengths.values()]
@@ -128,7 +128,7 @@ def draw_needle(result: dict, file: str) -> None:
         axes.tick_params(labelbottom=True)
         axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
         axes.set_title(name, fontsize=13)
-    figure.supxlabel("frames")
+    figure.supxlabel("pages")
     figure.supylabel("depth of the needle")
     figure.colorbar(image, ax=grid, label="right answers, %", pad=0.02)
     figure.savefig(file, dpi=110)

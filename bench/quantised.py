@@ -113,11 +113,11 @@ def divergence(reference: Path, others: list[VLM], scenes: int) -> Tensor:
     rows = []
     for number in range(scenes):
         rng = random.Random(f"diverge {number}")
-        scene = make_scene(rng, 1)
+        scene = make_scene(rng)
         question, answer = question_and_answer(LOOKUPS[number % 3], scene, rng)
         pixels = processor.pixels(to_images(render(scene, rng)))
-        ids = processor.tokenizer.encode(answer, add_special_tokens=False).ids
-        prompt = processor.context([100]) + processor.question(question, first=True)
+        ids = processor.tokenizer.encode(" " + answer, add_special_tokens=False).ids
+        prompt = processor.context([400]) + processor.question(question, first=True)
         log_p, *log_q = (
             answer_log_probabilities(model, pixels, prompt, ids) for model in (p_model, *others)
         )

@@ -76,8 +76,8 @@ def tiny() -> tuple[model.VLM, Processor]:
 
 
 @pytest.fixture
-def board() -> Path:
-    return TINY / "samples" / "board.png"
+def page() -> Path:
+    return TINY / "samples" / "receipt.png"
 
 
 def random_model(

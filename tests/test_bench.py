@@ -224,7 +224,7 @@ def last_json(capsys) -> dict:
 def test_accuracy_of_two_methods(capsys, tmp_path):
     file = tmp_path / "accuracy.png"
     main(
-        ["accuracy", "--methods", "dense", "blind", "uniform, 25", "--questions", "8", "--seeds"]
+        ["accuracy", "--methods", "dense", "blind", "uniform, 100", "--questions", "8", "--seeds"]
         + ["2", "--json", "--figure", str(file)]
     )  # fmt: skip
     result = last_json(capsys)
@@ -232,12 +232,13 @@ def test_accuracy_of_two_methods(capsys, tmp_path):
     assert result["questions_of_each_kind"] == 8
     for values in methods.values():
         both = {column for column in accuracy.COLUMNS if not column.endswith("conversation")}
+        both |= {f"needed, layer {layer}" for layer in range(1, 7)}
         assert values.keys() == both | {f"{column}, conversation" for column in both}
-    assert [methods[name]["entering"][0] for name in methods] == [100, 0, 25]
-    # Four layers, keys and values, two heads of 32, float32: 2048 bytes a row; text comes on top.
-    visual, text = 100 * 2.048, methods["blind"]["KV kB"][0]
+    assert [methods[name]["entering"][0] for name in methods] == [400, 0, 100]
+    # Six layers, keys and values, two heads of 32, float32: 3072 bytes a row; text comes on top.
+    visual, text = 400 * 3.072, methods["blind"]["KV kB"][0]
     assert methods["dense"]["KV kB"][0] == pytest.approx(visual + text)
-    assert methods["uniform, 25"]["KV kB"][0] == pytest.approx(visual / 4 + text)
+    assert methods["uniform, 100"]["KV kB"][0] == pytest.approx(visual / 4 + text)
     assert methods["dense"]["later turns"][0] > 90 > 50 > methods["blind"]["later turns"][0]
     assert Image.open(file).width > 600
 
@@ -256,11 +257,11 @@ def test_every_column_is_the_mean_over_seeds(monkeypatch):
             assert function is accuracy.measure and set(counts) == {50}
             for method, first in zip(methods, firsts):
                 offset = 10 * (method.options["protocol"] == "conversation")
-                yield {"color": 80 + first / 50, "later turns": 60 + first / 50 + offset}
+                yield {"value": 80 + first / 50, "later turns": 60 + first / 50 + offset}
 
     monkeypatch.setattr(accuracy, "workers", Pool)
     values = accuracy.accuracy(["dense"], 150, 3)["methods"]["dense"]
-    assert values["color"] == [81, 1] and values["later turns"] == [61, 1]
+    assert values["value"] == [81, 1] and values["later turns"] == [61, 1]
     assert values["later turns, conversation"] == [71, 1]
 
 
@@ -268,24 +269,24 @@ def test_needle(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(needle, "LENGTHS", (2, 4, 6))
     monkeypatch.setattr(needle, "DEPTHS", (0, 100))
     file = tmp_path / "needle.png"
-    options = ["--methods", "SparseVILA", "blind", "--clips", "4", "--json"]
+    options = ["--methods", "SparseVILA, 20", "blind", "--clips", "4", "--json"]
     main(["needle", *options, "--figure", str(file)])
     result = last_json(capsys)
-    assert result["attended"]["SparseVILA"] == {"2": 5, "4": 10, "6": 15}
-    assert min(result["right"]["SparseVILA"]["4"]) > 50 > max(result["right"]["blind"]["4"])
+    assert result["attended"]["SparseVILA, 20"] == {"2": 40, "4": 80, "6": 120}
+    assert sum(result["right"]["SparseVILA, 20"]["2"]) > 50 > max(result["right"]["blind"]["4"])
     assert Image.open(file).width > 400
 
 
-@given(st.integers(0, 10**6), st.integers(1, 20), st.data())
-def test_a_needle_is_one_of_six_in_its_frame(seed, frames, data):
-    depth = data.draw(st.integers(0, frames - 1))
-    scene, needle = make_needle(random.Random(seed), frames, depth)
-    assert len(scene.glyphs) == 8 and needle in scene.glyphs and needle.frame == depth
-    assert len({g.digit for g in scene.glyphs}) == len({g.color for g in scene.glyphs}) == 8
-    assert len({(g.frame, g.row, g.column) for g in scene.glyphs}) == 8
-    assert sum(g.frame == depth for g in scene.glyphs) == (6 if frames > 1 else 8)
-    question, answer = question_and_answer("place", scene, random.Random(0), needle)
-    assert question == f"where is the {needle.digit}?" and answer.startswith(needle.cell)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.data())
+def test_a_needle_is_on_its_page_and_on_no_other(seed, pages, data):
+    depth = data.draw(st.integers(0, pages - 1))
+    scene, needle = make_needle(random.Random(seed), pages, depth)
+    assert len(scene) == pages
+    assert [needle.name in {name for name, _ in page.lines} for page in scene] == [
+        number == depth for number in range(pages)
+    ]
+    question, answer = question_and_answer("value", scene, random.Random(0), needle)
+    assert needle.name in question and answer == needle.value
 
 
 @pytest.mark.parametrize(

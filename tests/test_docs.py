@@ -70,8 +70,8 @@ def test_public_names_have_docstrings_and_type_hints():
 
 # --- docstrings -----------------------------------------------------------------------------------
 
-AXES = {"B": 2, "H": 6, "G": 3, "M": 5, "N": 16, "D": 8, "K": 32, "E": 128, "C": 128, "n": 100}
-AXES |= {"g": 8, "rows": 4, "views": 2, "patches": 100, "T": 9, "S": 160, "V": 5, "L": 4}
+AXES = {"B": 2, "H": 6, "G": 3, "M": 5, "N": 16, "D": 8, "K": 32, "E": 128, "C": 128, "n": 400}
+AXES |= {"g": 8, "rows": 4, "views": 2, "patches": 400, "T": 9, "S": 240, "V": 5, "L": 6}
 AXES |= {"inputs": 32, "outputs": 16, "block": 2, "blocks": 3, "width": 128}
 AXES |= {"merge": 1, "side": 6, "capacity": 24, "vocabulary": 293, "keep": 3}
 TUPLE = re.compile(r"\(([^()]+,[^()]*)\)")
@@ -159,16 +159,16 @@ def test_docstrings_of_quantisation():
 
 
 def test_docstrings_of_the_method():
-    scores = torch.rand(2, 100)
+    scores = torch.rand(2, 400)
     check_docstring(sparsevila.select_tokens, {"scores": scores, "keep": 3})
-    arguments = {"features": torch.randn(2, 100, 128), "salience": scores, "sparsity": 0.68}
+    arguments = {"features": torch.randn(2, 400, 128), "salience": scores, "sparsity": 0.92}
     doc = inspect.getdoc(sparsevila.prune)
     for kept, index in zip(*sparsevila.prune(**arguments)):
         for name, view in (("features", arguments["features"][0]), ("salience", scores[0])):
             assert fits(tuple(view.shape), "\n".join(after(name, doc)), AXES)
         assert fits(tuple(kept.shape), doc.split("Returns:")[1], AXES)
         assert "their index (K,)" in doc and index.shape == (AXES["K"],)
-    tower = torch.randn(2, 6, 101, 8)
+    tower = torch.randn(2, 6, 401, 8)
     doc = inspect.getdoc(sparsevila.patch_salience).replace(
         "summary tokens + patches", "1 + patches"
     )
@@ -195,9 +195,9 @@ def test_docstrings_of_the_model():
     positions = torch.arange(9)
     angles = {"positions": positions, "config": vlm.config.text}
     check_docstring(model.rotary_table, angles, axes=AXES | {"D": 32})
-    pixels = torch.randn(2, 3, 160, 160)
+    pixels = torch.randn(2, 3, 240, 240)
     check_docstring(vlm.encode, {"pixels": pixels})
-    tower_axes = AXES | {"T": 101, "H": 4, "D": 32}
+    tower_axes = AXES | {"T": 401, "H": 4, "D": 32}
     arguments = {"pixels": pixels, "attention_layer": -1}
     check_docstring(vlm.vision_tower.forward, arguments, axes=tower_axes)
     features = torch.stack(vlm.encode(pixels))
@@ -210,9 +210,9 @@ def test_docstrings_of_the_model():
     axes = AXES | {"vocabulary": vlm.config.text.vocab}
     check_docstring(vlm.read, {"embeddings": embeddings})
     check_docstring(vlm.forward, {"embeddings": embeddings}, axes=axes)
-    x = torch.randn(2, 100, 128)
+    x = torch.randn(2, 400, 128)
     check_docstring(vlm.vision_tower.layers[0].forward, {"x": x}, said_in=model.VisionBlock,
-                    axes=AXES | {"T": 100})  # fmt: skip
+                    axes=AXES | {"T": 400})  # fmt: skip
     for part in (vlm.decoder.layers[0].mlp, vlm.vision_tower.layers[0].mlp):
         rows = torch.randn(2, 9, 128)
         check_docstring(part.forward, {"x": rows}, said_in=type(part))
@@ -319,13 +319,13 @@ class Watch:
 def test_comments_with_shapes():
     """Sessions, quantisation and other methods; every comment must have been met."""
     vlm, processor = load(TINY, device="cpu")
-    picture = TINY / "samples" / "board.png"
+    picture = TINY / "samples" / "receipt.png"
     with Watch(sparsevila, model, awq, kernels, baselines) as watch:
         kinds = (SparseVILA, baselines.VisionZip, baselines.PruMerge, baselines.SparseVLM)
         for kind in (*kinds, baselines.VisualSoftmax):
             session = kind(vlm, processor)
             session.see([picture, picture])
-            session.ask("what color is the 7?", max_new_tokens=2)
+            session.ask("how much is the coffee?", max_new_tokens=2)
         awq.dequantize_reference(*packed_linear())
         awq.w4a16_matmul(torch.randn(3, 32).bfloat16(), *packed_linear(group=32))
         pictures, prompts, _ = quantise.calibration_set(None, None, 2)

@@ -19,7 +19,7 @@ from kernels import gather_tokens
 from model import KVCache
 from sparsevila import Dense, RetrievalCache, SparseVILA, keep_count
 
-QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the 4?", "how many? é"]
+QUESTIONS = ["how much is the coffee?", "what costs 3.10?", "what is on line 5?", "how many? é"]
 
 models = st.fixed_dictionaries(
     {
@@ -113,7 +113,7 @@ def test_sparsity_zero_has_the_bits_of_dense(shape, options, counts, tokens_each
 @settings(max_examples=20)
 @given(settings_of, pictures_and_turns, st.integers(0, 999))
 def test_sparsity_zero_has_the_bits_of_dense_on_the_tiny_model(tiny, options, counts, seed):
-    pictures = random_pictures(seed, counts[0], side=160)
+    pictures = random_pictures(seed, counts[0], side=240)
     questions = QUESTIONS[: counts[1]]
     assert_dense_and_sparse_share_their_bits(*tiny, pictures, questions, options, 8)
 
@@ -181,9 +181,9 @@ def test_packed_attention_is_masked_attention(shape, options, counts, prefill, d
     compare_with_masked(vlm, processor, pictures, QUESTIONS[: counts[1]], options, 1e-4)
 
 
-def test_packed_attention_is_masked_attention_on_the_tiny_model(tiny, board):
+def test_packed_attention_is_masked_attention_on_the_tiny_model(tiny, page):
     for options in ({}, {"decode_sparsity": 0.5}, {"protocol": "evaluation"}):
-        compare_with_masked(*tiny, [board], QUESTIONS, options, 1e-5)
+        compare_with_masked(*tiny, [page], QUESTIONS, options, 1e-5)
 
 
 def test_packed_attention_is_masked_attention_in_every_family(family):
@@ -234,17 +234,17 @@ def test_after_forget_earlier_questions_leave_no_trace(shape, options, order, pr
     assert_same_answer(bits_of_an_answer(used, order[-1]), bits_of_an_answer(fresh, order[-1]))
 
 
-def test_forget_takes_back_one_turn_at_a_time(tiny, board):
+def test_forget_takes_back_one_turn_at_a_time(tiny, page):
     session, other = SparseVILA(*tiny), SparseVILA(*tiny)
     for s in (session, other):
-        s.see(board)
+        s.see(page)
         s.ask(QUESTIONS[0])
     session.ask(QUESTIONS[1], max_new_tokens=2)  # cut short: a token is left unread
     session.forget()
     assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[2]) for s in (session, other)))
     for _ in range(5):
         session.forget()
-    other.see(board)
+    other.see(page)
     assert session.cache.length == other.cache.length
     assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[3]) for s in (session, other)))
 
@@ -294,11 +294,11 @@ def test_an_interrupted_ask_leaves_the_session_as_it_was(shape, options, when, d
     assert_same_answer(*(bits_of_an_answer(s, QUESTIONS[2]) for s in (session, other)))
 
 
-def test_an_interrupted_forget_has_forgotten(tiny, board):
+def test_an_interrupted_forget_has_forgotten(tiny, page):
     """Wherever in the eviction the interrupt comes, once."""
     session, other = SparseVILA(*tiny), SparseVILA(*tiny)
     for s in (session, other):
-        s.see(board)
+        s.see(page)
     truncate = session.cache.truncate
     for after in (False, True):
         session.ask(QUESTIONS[1])
@@ -319,7 +319,7 @@ def test_an_interrupted_forget_has_forgotten(tiny, board):
             s.forget()
 
 
-def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, board):
+def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, page):
     """At each of the last instructions of Python's own machine, where Ctrl-C may come."""
 
     def see(session, stop_at=None):
@@ -341,7 +341,7 @@ def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, board):
 
         sys.settrace(enter)
         try:
-            session.see(random_pictures(0, 1, side=160))
+            session.see(random_pictures(0, 1, side=240))
         finally:
             sys.settrace(None)
         return count
@@ -350,7 +350,7 @@ def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, board):
     assert total > 200
     for stop_at in range(total - 60, total + 1):
         session = SparseVILA(*tiny)
-        session.see(board)
+        session.see(page)
         before = {name: id(value) for name, value in vars(session).items()}
         with pytest.raises(Stop):
             see(session, stop_at)
@@ -359,7 +359,7 @@ def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, board):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_an_interrupt_while_text_is_shown_leaves_the_session_as_it_was(tiny, board, after):
+def test_an_interrupt_while_text_is_shown_leaves_the_session_as_it_was(tiny, page, after):
     session, other = SparseVILA(*tiny), SparseVILA(*tiny)
     pieces = []
 
@@ -369,7 +369,7 @@ def test_an_interrupt_while_text_is_shown_leaves_the_session_as_it_was(tiny, boa
             raise KeyboardInterrupt
 
     for s in (session, other):
-        s.see(board)
+        s.see(page)
         s.ask(QUESTIONS[0])
     with pytest.raises(KeyboardInterrupt):
         session.ask(QUESTIONS[1], on_text=show)
@@ -469,12 +469,12 @@ def test_a_conversation_is_one_long_prompt(shape, counts, positions):
         assert torch.allclose(v, v2, rtol=1e-3, atol=1e-4)
 
 
-def test_relevance_is_the_mean_attention_of_the_question(tiny, board):
+def test_relevance_is_the_mean_attention_of_the_question(tiny, page):
     """The scores of the first layer, from its queries and keys and a float64 softmax over all
     rows."""
     vlm, _ = tiny
     session = SparseVILA(*tiny, prefill_sparsity=0.5)
-    session.see(board)
+    session.see(page)
     seen = []
     real = session.cache.score
     session.cache.score = lambda q, k: seen.append((q.clone(), k.clone())) or real(q, k)

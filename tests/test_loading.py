@@ -555,8 +555,8 @@ def test_the_token_that_closes_a_turn_stops_an_answer(tiny, folder):
     assert vlm.config.stop_ids == (9,) and processor.stop_ids == (2,)
     expected, session = SparseVILA(*tiny), SparseVILA(vlm, processor)
     for each in (expected, session):
-        each.see(TINY / "samples" / "board.png")
-    for question in ("what color is the 7?", "where is the 4?"):  # the second reads the first
+        each.see(TINY / "samples" / "receipt.png")
+    for question in ("how much is the coffee?", "what is on line 5?"):  # the second reads the first
         answer = expected.ask(question).token_ids
         assert session.ask(question).token_ids == answer and answer[-1] == 2
     third = answer[2]

@@ -48,7 +48,8 @@ def commands() -> list[str]:
 def small(command: str, folder: Path) -> list[str]:
     """What is run in place of a command: other files, fewer questions."""
     for long, short in {
-        "photo.jpg": str(ROOT / "tiny" / "samples" / "busy.png"),
+        " page.png": f" {folder / 'page.png'}",
+        "photo.jpg": str(ROOT / "tiny" / "samples" / "timetable.png"),
         "llava-hf/llava-1.5-7b-hf": str(GOLDEN / "llava"),
         "HuggingFaceTB/SmolVLM-256M-Instruct": str(GOLDEN / "smolvlm"),
         "--model random256m": f"--model {GOLDEN / 'smolvlm'}",
@@ -123,7 +124,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("command", HERE_RUN)
 def test_command(command, folder):
     program, *arguments = small(command, folder)
-    stdin = "where is the 7?\n"
+    stdin = "how much is the milk?\n"
     if arguments[0] == "sparsevila.py":
         ran = command_line(ask.main, *arguments[1:], stdin=stdin, cwd=ROOT)
     elif arguments[:2] == ["-m", "bench"]:
@@ -145,7 +146,7 @@ def test_the_python_example(monkeypatch, capsys):
     (example,) = blocks("python")
     names: dict = {}
     exec(example, names)
-    assert names["answer"].text == "orange, d3." and "orange, d3." in capsys.readouterr().out
+    assert names["answer"].text == "2.49" and "2.49" in capsys.readouterr().out
     assert names["session"].cache.length == len(names["session"].cache.visual) + 4
 
 

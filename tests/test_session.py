@@ -31,56 +31,57 @@ def run(*arguments, stdin=""):
 # --- the session ----------------------------------------------------------------------------------
 
 
-def test_a_session_counts_what_it_does(tiny, board):
+def test_a_session_counts_what_it_does(tiny, page):
     session = SparseVILA(*tiny)
-    session.see([board, board])
-    assert session.stats["visual_tokens"] == {"encoded": 200, "kept": 50, "attended": None}
-    answer = session.ask("what color is the 7?")
+    session.see([page, page])
+    assert session.stats["visual_tokens"] == {"encoded": 800, "kept": 200, "attended": None}
+    answer = session.ask("how much is the coffee?")
     assert isinstance(answer, Answer)
     layers = tiny[0].config.text.layers
-    assert session.stats["visual_tokens"]["attended"] == [5] * layers
+    assert session.stats["visual_tokens"]["attended"] == [40] * layers
     assert set(session.stats["milliseconds"]) == {"vision", "prune", "prefill"}
     assert set(answer.timings) == {"question", "retrieve", "decode"}
-    assert all(chosen.shape == (5,) and chosen.dtype == torch.int64 for chosen in answer.retrieved)
-    text = session.cache.packed.length - 5 - (len(answer.token_ids) - 1)
+    assert all(chosen.shape == (40,) and chosen.dtype == torch.int64 for chosen in answer.retrieved)
+    text = session.cache.packed.length - 40 - (len(answer.token_ids) - 1)
     head = 2 * tiny[0].config.text.kv_heads * tiny[0].config.text.head_dim * 4  # bytes of a row
-    assert answer.kv_bytes_per_token == layers * (text + 5) * head
+    assert answer.kv_bytes_per_token == layers * (text + 40) * head
 
 
-def test_dense_reads_everything(tiny, board):
+def test_dense_reads_everything(tiny, page):
     session = Dense(*tiny)
-    session.see(board)
-    answer = session.ask("what color is the 7?")
-    assert [len(chosen) for chosen in answer.retrieved] == [100] * tiny[0].config.text.layers
-    assert session.stats["visual_tokens"] == {"encoded": 100, "kept": 100, "attended": [100] * 4}
+    session.see(page)
+    answer = session.ask("how much is the coffee?")
+    attended = [400] * tiny[0].config.text.layers
+    assert [len(chosen) for chosen in answer.retrieved] == attended
+    assert session.stats["visual_tokens"] == {"encoded": 400, "kept": 400, "attended": attended}
 
 
-def test_seeing_again_forgets_all_before(tiny, board):
+def test_seeing_again_forgets_all_before(tiny, page):
     session, other = SparseVILA(*tiny), SparseVILA(*tiny)
     session.see(random_pictures(0, 3, 160))
-    session.ask("how many digits?")
+    session.ask("how many lines?")
     for s in (session, other):
-        s.see(board)
-    assert session.ask("where is the 4?").token_ids == other.ask("where is the 4?").token_ids
+        s.see(page)
+    assert session.ask("what is on line 5?").token_ids == other.ask("what is on line 5?").token_ids
     assert session.cache.length == other.cache.length
 
 
-def test_a_failed_see_leaves_the_session_as_it_was(tiny, board, tmp_path):
+def test_a_failed_see_leaves_the_session_as_it_was(tiny, page, tmp_path):
     session = SparseVILA(*tiny)
-    session.see(board)
+    session.see(page)
     cache, stats, kept = session.cache, session.stats, session.kept
-    for images in ([], [board, tmp_path / "missing.png"], [board] * 90, 3):
+    for images in ([], [page, tmp_path / "missing.png"], [page] * 90, 3):
         with pytest.raises((ValueError, OSError)):
             session.see(images)
     assert session.cache is cache and session.stats is stats and session.kept is kept
 
 
-def test_ask_refuses(tiny, board):
+def test_ask_refuses(tiny, page):
     session = SparseVILA(*tiny)
     with pytest.raises(RuntimeError, match="call see"):
         session.ask("what?")
     session.forget()
-    session.see(board)
+    session.see(page)
     length = session.cache.length
     for question in ("", "  \n", None, 3):
         with pytest.raises(ValueError, match="question must be a text that is not empty"):
@@ -91,8 +92,8 @@ def test_ask_refuses(tiny, board):
         session.ask("what?", max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature"):
         session.ask("what?", temperature=float("nan"))
-    with pytest.raises(ValueError, match="the model has 2048 positions"):
-        session.ask("what? " * 3000)
+    with pytest.raises(ValueError, match="the model has 8192 positions"):
+        session.ask("what? " * 5000)
     for sampling in ({"temperature": "x"}, {"temperature": None}, {"top_p": "x"}):
         with pytest.raises(ValueError, match=next(iter(sampling))):
             session.ask("what?", **sampling)
@@ -116,25 +117,25 @@ def test_a_session_refuses_settings_out_of_range(tiny, options, message):
         SparseVILA(*tiny, **options)
 
 
-@pytest.mark.parametrize("index", [[5, 3], [3, 3], [98, 100], [-1, 3]])
-def test_a_prune_of_ones_own_must_keep_the_order_and_the_range(tiny, board, index):
+@pytest.mark.parametrize("index", [[5, 3], [3, 3], [398, 400], [-1, 3]])
+def test_a_prune_of_ones_own_must_keep_the_order_and_the_range(tiny, page, index):
     class Odd(SparseVILA):
         def prune(self, features, salience):
             return [x[:2] for x in features], [torch.tensor(index)]
 
-    with pytest.raises(ValueError, match="kept tokens must be ascending and below 100"):
-        Odd(*tiny).see(board)
+    with pytest.raises(ValueError, match="kept tokens must be ascending and below 400"):
+        Odd(*tiny).see(page)
 
 
-def test_a_diverged_model_is_named_not_ranked(tiny, board):
+def test_a_diverged_model_is_named_not_ranked(tiny, page):
     """NaN in the salience or in the relevance must not silently pick the first tokens."""
     vlm, processor = random_model(0)
     vlm.vision_tower.layers[-1].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="scores must not be NaN"):
-        SparseVILA(vlm, processor).see(board)
+        SparseVILA(vlm, processor).see(page)
     vlm, processor = random_model(0)
     session = SparseVILA(vlm, processor)
-    session.see(board)
+    session.see(page)
     length = session.cache.length
     vlm.decoder.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="scores must not be NaN"):
@@ -142,27 +143,27 @@ def test_a_diverged_model_is_named_not_ranked(tiny, board):
     assert session.cache.length == length
 
 
-def test_a_session_answers_one_question_at_a_time(tiny, board):
+def test_a_session_answers_one_question_at_a_time(tiny, page):
     session, refused = SparseVILA(*tiny), []
-    session.see(board)
-    alone = session.ask("what color is the 7?")
+    session.see(page)
+    alone = session.ask("how much is the coffee?")
     session.forget()
 
     def interfere(text):
-        for call in (lambda: session.ask("why?"), lambda: session.see(board), session.forget):
+        for call in (lambda: session.ask("why?"), lambda: session.see(page), session.forget):
             with pytest.raises(RuntimeError, match="one call at a time"):
                 call()
             refused.append(text)
 
-    answer = session.ask("what color is the 7?", on_text=interfere)
+    answer = session.ask("how much is the coffee?", on_text=interfere)
     assert answer.token_ids == alone.token_ids and refused
     session.forget()
 
 
-def test_sampling_with_a_seed_is_repeatable(tiny, board):
+def test_sampling_with_a_seed_is_repeatable(tiny, page):
     session = SparseVILA(*tiny, protocol="evaluation")
-    session.see(board)
-    draw = lambda seed: session.ask("how many digits?", temperature=5.0, seed=seed).token_ids  # noqa
+    session.see(page)
+    draw = lambda seed: session.ask("how many lines?", temperature=5.0, seed=seed).token_ids  # noqa
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -190,10 +191,10 @@ def test_streamed_text_never_shows_half_a_character(tiny, text):
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_an_answer_streams_what_it_returns(tiny, board):
+def test_an_answer_streams_what_it_returns(tiny, page):
     session, pieces = SparseVILA(*tiny), []
-    session.see(board)
-    answer = session.ask("what color is the 7?", on_text=pieces.append)
+    session.see(page)
+    answer = session.ask("how much is the coffee?", on_text=pieces.append)
     assert "".join(pieces) == answer.text and len(pieces) > 2
 
 
@@ -206,29 +207,19 @@ def test_without_arguments_it_shows_dense_and_sparse():
     for words in (*ask.SAMPLE_QUESTIONS, "dense", "sparse", "KV bytes read per token"):
         assert words in result.stdout
     kept = next(line for line in result.stdout.split("\n") if "kept" in line).split()
-    assert kept[-2:] == ["100", "25"]
+    assert kept[-2:] == ["400", "100"]
 
 
 def test_json_is_one_object_and_nothing_else():
-    arguments = [
-        "--ask",
-        "what color is the 7?",
-        "--ask",
-        "where is the 4?",
-        "--seed",
-        "3",
-        "--json",
-    ]
-    result = run("--image", SAMPLES / "board.png", *arguments)
+    questions = ["how much is the coffee?", "what is on line 5?"]
+    asked = [word for question in questions for word in ("--ask", question)]
+    result = run("--image", SAMPLES / "receipt.png", *asked, "--seed", "3", "--json")
     content = json.loads(result.stdout)
-    assert [a["question"] for a in content["answers"]] == [
-        "what color is the 7?",
-        "where is the 4?",
-    ]
+    assert [a["question"] for a in content["answers"]] == questions
     for answer in content["answers"]:
         assert answer["answer"] and all(type(i) is int for i in answer["token_ids"])
     assert content["settings"]["prefill_sparsity"] == 0.75 and content["settings"]["seed"] == 3
-    assert content["visual_tokens"] == {"encoded": 100, "kept": 25, "attended": [3] * 4}
+    assert content["visual_tokens"] == {"encoded": 400, "kept": 100, "attended": [20] * 6}
     stages = {"vision", "prune", "prefill", "question", "retrieve", "decode"}
     assert set(content["milliseconds"]) == stages
     assert content["kv_bytes_per_token"] > 0 and content["tokens_per_second"] > 0
@@ -236,7 +227,7 @@ def test_json_is_one_object_and_nothing_else():
 
 def test_dense_alone():
     content = json.loads(run("--dense", "--json").stdout)
-    assert content["visual_tokens"] == {"encoded": 100, "kept": 100, "attended": [100] * 4}
+    assert content["visual_tokens"] == {"encoded": 400, "kept": 400, "attended": [400] * 6}
     settings = content["settings"]
     assert settings["prefill_sparsity"] == settings["decode_sparsity"] == 0
 
@@ -246,41 +237,42 @@ def test_a_clip_as_a_file_and_as_a_folder(tmp_path):
         for n in range(clip.n_frames):
             clip.seek(n)
             clip.convert("RGB").save(tmp_path / f"{n}.png")
-    question = ["--ask", "which frame shows the 7?", "--json"]
+    question = ["--ask", "which page has the hugo?", "--json"]
     file, folder = (
         json.loads(run("--video", v, *question).stdout) for v in (SAMPLES / "clip.png", tmp_path)
     )
     assert file["answers"] == folder["answers"]
-    assert file["visual_tokens"]["encoded"] == 400
-    images = [x for n in range(4) for x in ("--image", tmp_path / f"{n}.png")]
+    assert file["visual_tokens"]["encoded"] == 1200
+    images = [x for n in range(3) for x in ("--image", tmp_path / f"{n}.png")]
     assert json.loads(run(*images, *question).stdout)["answers"] == file["answers"]
 
 
 def test_overlay_dims_pruned_patches_and_outlines_retrieved_ones(tmp_path):
     file = tmp_path / "overlay.png"
-    assert run("--overlay", file, "--ask", "what color is the 7?").returncode == 0
-    with Image.open(file) as picture, Image.open(SAMPLES / "board.png") as board:
+    assert run("--overlay", file, "--ask", "how much is the coffee?").returncode == 0
+    with Image.open(file) as picture, Image.open(SAMPLES / "receipt.png") as page:
         assert picture.width >= 320 and picture.height > 320
         panel = picture.crop((4, 74, 324, 394))
-        dimmed, whole = (ImageStat.Stat(image.convert("L")).mean[0] for image in (panel, board))
+        dimmed, whole = (ImageStat.Stat(image.convert("L")).mean[0] for image in (panel, page))
         assert dimmed < 0.7 * whole
 
 
-def test_an_overlay_needs_pictures_and_answers(tiny, board):
+def test_an_overlay_needs_pictures_and_answers(tiny, page):
     session = SparseVILA(*tiny)
     with pytest.raises(ValueError, match="nothing to show: 1 answers, 0 pictures"):
         overlay(session, [("what?", None)])
-    session.see(board)
+    session.see(page)
     with pytest.raises(ValueError, match="nothing to show: 0 answers, 1 pictures"):
         overlay(session, [])
     answer = session.ask("what\ncolor is the 7?")
     assert answer == answer and answer in [answer]
-    assert overlay(session, [("what\ncolor?", answer)]).size == (332, 376)
-    both = overlay(session, [("what?", answer)], [answer])  # and a line for dense
-    assert both.size == (332, 398)
-    session.see([board] * 3)
+    assert overlay(session, [("what\ncolor?", answer)]).size == (8 + 2 * 328, 412)
+    long = overlay(session, [("what? " * 60, answer)], [answer])  # wrapped
+    assert long.width == 8 + 2 * 328 and long.height > 500
+    session.see([page] * 3)
     answers = [("what?", session.ask("what?"))] * 2
-    assert overlay(session, answers).size == (2 * (4 + 3 * 328), 376)
+    clip = overlay(session, answers)  # three panels of three pages each, one below the other
+    assert clip.width == 3 * 328 + 8 and clip.height > 3 * 328
 
 
 def test_an_overlay_too_large_for_its_format_is_one_error():
@@ -289,12 +281,27 @@ def test_an_overlay_too_large_for_its_format_is_one_error():
             ask.encode_picture(Image.new("RGB", (70000, 9)), name)
 
 
-def test_chat_streams_answers_and_survives_bad_questions():
-    result = run("--chat", stdin="what color is the 7?\n\nwhere is the 4?\n")
+@pytest.mark.parametrize("end", ["", "/quit\nhow much is the milk?\n"])
+def test_chat_streams_answers_and_survives_bad_questions(end):
+    result = run("--chat", stdin="how much is the coffee?\n\nwhat is on line 5?\n" + end)
     assert result.returncode == 0 and result.stderr == ""
-    lines = [line.strip() for line in result.stdout.split(">")]
-    assert len(lines) == 5 and "error: question must be" in lines[2]
-    assert lines[1] and lines[3]
+    greeting, first, bad, last, summary = (line.strip() for line in result.stdout.split(">"))
+    assert "decode_sparsity 0.8" in greeting and "400 visual tokens, 100 kept" in greeting
+    assert first == "8.75" and last and "error: question must be" in bad
+    assert summary == "2 answers; the last read 20 visual tokens"
+
+
+def test_times_are_medians_and_printed_only_when_asked_for():
+    for options, shown in (([], False), (["--time"], True)):
+        result = run("--ask", "how much is the milk?", "--max-new-tokens", 2, *options)
+        assert ("decode, ms per question" in result.stdout) == shown
+    runs = iter(
+        [{"milliseconds": {"vision": t}, "tokens_per_second": 100 - t} for t in (99, 5, 1, 4, 2, 3)]
+    )
+    with patch("tools.ask.times_of", lambda *_: next(runs)), patch("tools.ask.see_all"):
+        with patch("tools.ask.ask_all", lambda *_, **__: {"sparse": []}):
+            (medians,) = ask.timed({"sparse": None}, [], [], {}).values()
+    assert medians == {"milliseconds": {"vision": 3}, "tokens_per_second": 97}
 
 
 @pytest.mark.parametrize(
@@ -303,11 +310,15 @@ def test_chat_streams_answers_and_survives_bad_questions():
         (["--image", ROOT / "README.md"], "is not a picture"),
         (["--image", "missing.png"], "no picture missing.png"),
         (["--video", "missing.gif"], "no picture missing.gif"),
+        (
+            ["--video", "holiday.MP4"],
+            "'mkdir frames; ffmpeg -i holiday.MP4 -vf fps=1 frames/%05d.png'",
+        ),
         (["--prefill-sparsity", "1"], "prefill_sparsity must be in [0, 1), got 1.0"),
         (["--decode-sparsity", "nan"], "decode_sparsity must be in [0, 1), got nan"),
         (["--prefill-sparsity", "x"], "invalid float value: 'x'"),
         (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
-        (["--max-new-tokens", "9999"], "the model has 2048 positions"),
+        (["--max-new-tokens", "9999"], "the model has 8192 positions"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--ask", " "], "question must be a text that is not empty"),
         (["--model", "missing/folder/here"], "no folder missing/folder/here"),
@@ -356,9 +367,9 @@ def test_a_failed_overlay_leaves_the_old_file(tmp_path):
 
 
 def test_a_clip_too_long_for_dense_can_be_asked_sparsely(tmp_path):
-    images = ["--image", SAMPLES / "board.png"] * 25
+    images = ["--image", SAMPLES / "receipt.png"] * 25
     assert "show fewer or prune more" in run(*images).stderr
-    result = run(*images, "--sparse", "--ask", "which frame shows the 7?", "--max-new-tokens", 2)
+    result = run(*images, "--sparse", "--ask", "which page has the hugo?", "--max-new-tokens", 2)
     assert result.returncode == 0 and "dense" not in result.stdout
 
 
@@ -415,8 +426,8 @@ def test_the_callers_mode_changes_nothing(tiny, kind):
     def answers(*modes):
         session, tokens = kind(*tiny), []
         with modes[0]():
-            session.see(SAMPLES / "board.png")
-        for question, mode in zip(("what color is the 7?", "where is the 4?"), modes[1:]):
+            session.see(SAMPLES / "receipt.png")
+        for question, mode in zip(("how much is the coffee?", "what is on line 5?"), modes[1:]):
             with mode():
                 tokens.append(session.ask(question, max_new_tokens=8).token_ids)
         return tokens

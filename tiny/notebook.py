@@ -3,13 +3,13 @@
 import ast
 import inspect
 import os
-import random
 import statistics
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
-from .scenes import Scene, make_scene, render, to_images
+from checkpoints.processor import open_picture
+
+from .scenes import GRID, Page, sample_pages
 
 plt.rcParams |= {"figure.dpi": 75, "font.size": 12, "image.cmap": "cividis"}
 
@@ -69,22 +71,20 @@ def in_a_process(script: str, *arguments: Any, **environment: str) -> str:
 # --- the sample -----------------------------------------------------------------------------------
 
 
-def sample() -> tuple[Image.Image, Scene, list[int]]:
-    """The picture that the notebook is about, its scene, and the patches that hold its digits."""
-    rng = random.Random("sample 9")
-    scene = make_scene(rng)
-    picture = to_images(render(scene, rng))[0]
-    return picture, scene, [glyph.row * 10 + glyph.column for glyph in scene.glyphs]
+def sample() -> tuple[Image.Image, Page, list[int]]:
+    """The picture that the notebook is about, its page, and the patches with characters."""
+    page = sample_pages()["receipt.png"][0]
+    picture = open_picture(Path(__file__).parent / "samples" / "receipt.png")
+    return picture, page, [cell.row * GRID + cell.column for cell in page.cells()]
 
 
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def name_cells(axes: Axes) -> None:
-    """Cells of the board by letter and number."""
-    middle = [i + 0.5 for i in range(10)]
-    axes.set_xticks(middle, "abcdefghij")
-    axes.set_yticks(middle, range(10, 0, -1))
+def number_patches(axes: Axes) -> None:
+    """Every fifth row and column of patches, from 0."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks([i + 0.5 for i in range(0, GRID, 5)], range(0, GRID, 5))
     axes.tick_params(length=0, labelsize=9)
     axes.set_xlabel("column of patches")
 
@@ -92,36 +92,36 @@ def name_cells(axes: Axes) -> None:
 def frame(axes: Axes, patches: Iterable[int], **style: Any) -> None:
     """A rectangle around each patch."""
     for patch in map(int, patches):
-        axes.add_patch(plt.Rectangle((patch % 10, patch // 10), 1, 1, **style))
+        axes.add_patch(plt.Rectangle((patch % GRID, patch // GRID), 1, 1, **style))
 
 
-def draw_board(axes: Axes, picture: Image.Image, title: str, dropped: Iterable[int] = ()) -> None:
-    """The picture on its board, dropped patches dark."""
-    axes.imshow(picture, extent=(0, 10, 10, 0))
+def draw_page(axes: Axes, picture: Image.Image, title: str, dropped: Iterable[int] = ()) -> None:
+    """The picture, dropped patches dark."""
+    axes.imshow(picture, extent=(0, GRID, GRID, 0))
     frame(axes, dropped, color="black", alpha=0.8, linewidth=0)
     axes.set_title(title)
-    name_cells(axes)
+    number_patches(axes)
 
 
-def draw_boards(picture: Image.Image, dropped: dict[str, Iterable[int]]) -> None:
-    """The board once for each title, the patches of that title dark."""
+def draw_pages(picture: Image.Image, dropped: dict[str, Iterable[int]]) -> None:
+    """The picture once for each title, the patches of that title dark."""
     figure, panels = plt.subplots(1, len(dropped), figsize=(15, 4.2), squeeze=False)
     for axes, (title, patches) in zip(panels[0], dropped.items()):
-        draw_board(axes, picture, title, patches)
+        draw_page(axes, picture, title, patches)
     panels[0, 0].set_ylabel("row of patches")
     plt.tight_layout()
     plt.show()
 
 
 def draw_measures(picture: Image.Image, measures: dict[str, Tensor]) -> None:
-    """The board, and a heat map of 10 x 10 patches for each measure; those of attention on a
+    """The picture, and a heat map of its patches for each measure; those of attention on a
     logarithmic scale."""
     figure, panels = plt.subplots(1, 1 + len(measures), figsize=(15, 4))
-    draw_board(panels[0], picture, "the picture")
+    draw_page(panels[0], picture, "the picture")
     for axes, (name, values) in zip(panels[1:], measures.items()):
         scale, label = ("linear", "number") if name == "random" else ("log", "share of attention")
-        image = axes.imshow(values.view(10, 10), extent=(0, 10, 10, 0), norm=scale)
-        name_cells(axes)
+        image = axes.imshow(values.view(GRID, GRID), extent=(0, GRID, GRID, 0), norm=scale)
+        number_patches(axes)
         axes.set_title(name)
         figure.colorbar(image, ax=axes, shrink=0.8, label=label)
     panels[0].set_ylabel("row of patches")
@@ -133,22 +133,23 @@ def draw_relevance(
     questions: list[str], kept: Tensor, relevance: list[Tensor], retrieved: list[list[Tensor]]
 ) -> None:
     """Of each question (a row) and layer (a column) a heat map of the kept patches, those that were
-    retrieved framed and those that were pruned hatched."""
-    figure, panels = plt.subplots(3, 4, figsize=(14, 9.5), layout="constrained")
+    retrieved framed and those that were pruned grey."""
+    rows, layers = len(questions), len(relevance[0])
+    size = (2.7 * layers, 2.8 * rows + 0.4)
+    figure, panels = plt.subplots(rows, layers, figsize=size, layout="constrained")
     for row, (question, scores, chosen) in enumerate(zip(questions, relevance, retrieved)):
         for layer, axes in enumerate(panels[row]):
-            heat = torch.full((100,), float("nan"))
-            heat[kept] = 100 * scores[layer]
-            style = {"fill": False, "hatch": "////", "edgecolor": "0.8", "zorder": -1}
-            axes.add_patch(plt.Rectangle((0, 0), 10, 10, **style))
-            image = axes.imshow(heat.view(10, 10), extent=(0, 10, 10, 0))
-            frame(axes, kept[chosen[layer]], fill=False, edgecolor="black", linewidth=3)
-            name_cells(axes)
-            figure.colorbar(image, ax=axes, shrink=0.8)
+            heat = torch.full((GRID**2,), float("nan"))
+            heat[kept] = scores[layer]
+            axes.set_facecolor("0.85")
+            axes.imshow(heat.view(GRID, GRID), extent=(0, GRID, GRID, 0), norm="log")
+            frame(axes, kept[chosen[layer]], fill=False, edgecolor="red", linewidth=1.5)
+            number_patches(axes)
+            axes.set_xlabel("")
             axes.set_title(f"layer {layer + 1}")
-        panels[row, 0].set_ylabel(f"{question}\n\nrow of patches")
+        panels[row, 0].set_ylabel(question)
     figure.suptitle(
-        "relevance, % of the question's attention; retrieved tokens framed, pruned ones hatched"
+        "relevance, brighter is more (logarithmic); retrieved tokens framed, pruned ones grey"
     )
     plt.show()
 
@@ -177,7 +178,7 @@ def draw_curves(
 
 def draw_bars(bars: dict[str, dict[str, float]], y: str, top: float) -> None:
     """Bars in groups: {group: {label: height}}, with their heights above them."""
-    figure, axes = plt.subplots(figsize=(8, 4))
+    figure, axes = plt.subplots(figsize=(max(8, 2.6 * len(bars)), 4))
     labels = list(next(iter(bars.values())))
     width = 0.76 / len(labels)
     for number, label in enumerate(labels):
@@ -253,22 +254,25 @@ def draw_stages(seconds: dict[str, list[float]], names: list[str], y: str) -> No
     plt.show()
 
 
-def draw_needles(found: dict[str, Tensor], frames: list[int], depths: list[float]) -> None:
-    """A heat map (depths, frames) of percentages for each method; longer clips than in training are
-    right of the dotted line."""
+def draw_needles(
+    found: dict[str, Tensor], pages: list[int], depths: list[float], trained: int
+) -> None:
+    """A heat map (depths, pages) of percentages for each method; clips longer than those `trained`
+    are right of the dotted line."""
     figure, panels = plt.subplots(1, len(found), figsize=(12, 3.4), sharey=True)
     for axes, (name, values) in zip(panels, found.items()):
         image = axes.imshow(values, vmin=0, vmax=100, aspect="auto")
         for row in range(len(depths)):
-            for column in range(len(frames)):
+            for column in range(len(pages)):
                 value = float(values[row, column])
                 color = "black" if value > 50 else "white"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
-        axes.axvline(1.5, color="white", linewidth=5)
-        axes.axvline(1.5, color="black", linewidth=3, linestyle=":")
-        axes.set_xticks(range(len(frames)), frames)
+        border = pages.index(trained) + 0.5
+        axes.axvline(border, color="white", linewidth=5)
+        axes.axvline(border, color="black", linewidth=3, linestyle=":")
+        axes.set_xticks(range(len(pages)), pages)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set_xlabel("frames")
+        axes.set_xlabel("pages")
         axes.set_title(name)
     panels[0].set_ylabel("place of the needle in the clip")
     figure.colorbar(image, ax=panels, label="right answers, %")

@@ -1,26 +1,35 @@
-"""Train the tiny VLM of this folder from scratch: `python tiny/train.py`, half an hour on 2 cores.
+"""Train the tiny VLM of this folder from scratch: `python tiny/train.py`.
 
-Two stages, each step's data made on the fly from (seed, stage, step), so that an interrupted run
-goes on where its last state was saved and ends with the same model:
+Everything that is known of a place on a page has a *code*, a vector of the decoder's width: the 38
+characters, the lines, the places within a word, the letters that a name begins with or holds. All
+codes are orthogonal. Two stages, each step's data made on the fly from (seed, stage, step), so that
+an interrupted run goes on where its last state was saved and ends with the same model:
 
-1. *Tower.* The class token learns to say which digits and colours are in the picture; every patch
-   learns the digit, colour, row and column of its glyph, or that it has none. The first signal
-   makes the class token look at the glyphs, which is what SparseVILA's salience reads; the second
-   puts the place into the features, as large towers do.
-2. *Decoder.* The tower is frozen and its features are scaled to unit variance; projector and
-   decoder learn to answer eight questions a scene: first look-ups in single pictures, then all
-   kinds of questions, in clips as well. Then half of the sequences are conversations; in the others
-   every question sees the pictures but not the other questions (the evaluation protocol).
+1. *Tower and projector.* The visual token of a patch becomes the sum of the codes of what it shows:
+   its character, its line, its place in its word, and the letters of that line's name, which other
+   patches show: as in large towers, a token tells of its surroundings. The class token learns how
+   often each character occurs, which makes it look at all ink; SparseVILA's salience reads that.
+2. *Decoder.* The tower is frozen. Embeddings start as sums of codes as well, and attention starts
+   with one look-up: the end of a question looks for what was asked, then for tokens of its codes.
+   Sixteen questions a page, hidden from each other as in the evaluation protocol; from
+   `SIMPLE_STEPS` on also conversations, and clips of two to four pages. Visual tokens have random,
+   ascending positions (Ruoss et al., arXiv 2305.16843), so that place is read from features.
+   Beside the answer's tokens, the end of a question is asked for more, by heads that are thrown
+   away: for the line, and, in every layer but the first, for the set of characters that the
+   answer has, by what this layer's attention brought alone. So a question looks at all that its
+   answer needs, as it does in large models, and not just at the answer's first character.
 
-Nothing is ever pruned or dropped in training: the method is training-free.
+Nothing is ever pruned, dropped, masked or packed in training: the method is training-free.
 The result is a checkpoint in the folder layout of LLaVA-1.5, which `transformers` loads as well.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,16 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import (
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
@@ -46,312 +46,517 @@ sys.path.insert(0, str(HERE.parent))
 from checkpoints import llava, load_processor  # noqa: E402
 from checkpoints.processor import CLIP_MEAN, CLIP_STD, Processor  # noqa: E402
 from checkpoints.weights import hub_names, translate  # noqa: E402
-from model import VLM, Config, TextConfig, VisionConfig  # noqa: E402
+from model import VLM, Config, TextConfig, VisionBlock, VisionConfig  # noqa: E402
 from tiny.scenes import (  # noqa: E402
-    BOARD,
+    ALL_WORDINGS,
     CELL,
-    COLORS,
+    CHARACTERS,
+    FIRST_ROW,
+    FONTS,
+    GRID,
+    LINE_PITCH,
+    LINES,
+    LONGEST_TITLE,
+    LONGEST_VALUE,
+    PAGES,
     SIDE,
-    Glyph,
-    Scene,
+    TITLE_ROW,
+    Page,
+    kinds_of,
     make_scene,
     question_and_answer,
     render,
 )
 
-TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 1200, 48, 1.5e-3
-DECODER_STEPS, DECODER_BATCH, DECODER_RATE = 4000, 24, 2e-3
-SIMPLE_STEPS = 400  # of the decoder: single pictures, look-ups only
-QUESTIONS = 8  # per scene
-CLIP_SHARE, CLIP_FRAMES, CLIP_BATCH = 0.5, (2, 4), 8
-HEADS = [11, 1 + len(COLORS), BOARD, BOARD]  # none or a digit, none or a colour, row, column
-SINK = 0.35  # length of every embedding along the direction of <s>
+TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2400, 16, 2.5e-3
+DECODER_STEPS, DECODER_BATCH, DECODER_RATE = 4600, 4, 2e-3
+SIMPLE_STEPS = 700  # of the decoder: single pages, every question by itself
+QUESTIONS = 16  # per scene
+CLIP_SHARE, CLIP_PAGES = 0.35, (2, 4)
+CONVERSATION_SHARE = 0.35
+SHARES = {"value": 34, "name": 26, "line": 20, "title": 12, "list": 4, "total": 4, "page": 40}
+FIRST_HELPED = 1  # the layer from which on attention is asked for the answer's characters
+E = 128  # the decoder's width
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 STATE = HERE / "training_state.pt"  # deleted when the model is finished
-SAVE_EVERY = 200  # steps
+SAVE_EVERY = 100  # steps
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE in which every word of the task is one token, together with a comma before it
-    (", c4"), so that each can be looked up from the one before; any other text falls into bytes."""
-    tokenizer = Tokenizer(models.BPE())
+    """The words of the questions are tokens, and so are "line 3" and "page 2"; everything else
+    falls into characters, the first of a word with the space before it, or into bytes."""
+    words = set(re.findall("[a-z]+", " ".join(ALL_WORDINGS))) | {"user", "assistant"}
+    letters = CHARACTERS[:36]  # and digits; Ġ is a space
+    pieces = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"Ġ{x}" for x in letters)]
+    pieces += sorted(f"{space}{word}" for word in words for space in ("", "Ġ"))
+    pieces += [f"ĠlineĠ{n}" for n in range(1, LINES + 1)]
+    pieces += [f"{space}pageĠ{n}" for n in range(1, PAGES + 1) for space in ("", "Ġ")]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("Ġ", x) for x in letters]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.normalizer = normalizers.Lowercase()
-    words = Regex(r",? ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+")
+    split = Regex(r" line [0-9]| ?page [0-9]| ?[a-z]+| ?[0-9]+|\n| ?[^\sa-z0-9]|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,  # it finds fewer
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    rng = random.Random("tokenizer")
-    scenes = [make_scene(rng, 4) for _ in range(4000)]
-    kinds = ("color", "digit", "place", "count", "frame")
-    turns = (question_and_answer(rng.choice(kinds), scene, rng) for scene in scenes)
-    text = (f"user: frame 1: \nframe 2: \n{q} assistant: {a} {vary(q, rng)}" for q, a in turns)
-    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     return tokenizer
 
 
-def vary(question: str, rng: random.Random) -> str:
-    """People spell and punctuate differently."""
-    if rng.random() < 0.2:
-        question = question.replace("color", "colour")
-    return question.rstrip("?") if rng.random() < 0.2 else question
-
-
 # --- data -----------------------------------------------------------------------------------------
 
 
-def normalise(frames: Tensor) -> Tensor:
-    """(frames, 3, S, S) uint8 -> pixels as the Processor makes them."""
+@functools.cache
+def training_fonts() -> list[tuple[str | None, int]]:
+    """Pillow's font, and those that come with matplotlib, in sizes that fit a cell."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    others = {
+        "DejaVuSans": (11, 12), "DejaVuSans-Bold": (10,), "DejaVuSansMono": (13,),
+        "DejaVuSansMono-Bold": (13,), "DejaVuSerif": (10, 11), "STIXGeneral": (12,),
+        "STIXGeneralBol": (12,), "cmtt10": (13,),
+    }  # fmt: skip
+    return FONTS + [
+        (str(folder / f"{n}.ttf"), size) for n, sizes in others.items() for size in sizes
+    ]
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """(pages, 3, S, S) uint8 -> pixels as the Processor makes them."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
-    return (frames.float() / 255 - mean) / std
+    return (pictures.float() / 255 - mean) / std
 
 
-def patch_labels(scene: Scene) -> Tensor:
-    """(frames, patches, 4) int64: digit and colour of the patch's glyph, counted from 1 (0: none),
-    row and column of the patch."""
-    labels = torch.zeros(scene.frames, BOARD, BOARD, 4, dtype=torch.int64)
-    labels[..., 2], labels[..., 3] = torch.arange(BOARD)[:, None], torch.arange(BOARD)
-    for glyph in scene.glyphs:
-        values = torch.tensor([glyph.digit, list(COLORS).index(glyph.color)])
-        labels[glyph.frame, glyph.row, glyph.column, :2] = 1 + values
-    return labels.flatten(1, 2)
+# What a patch is labelled with, and how many values there are.
+LABELS = {
+    "character": len(CHARACTERS),
+    "line": LINES + 1,  # 0: the title
+    "slot": LONGEST_TITLE + LONGEST_VALUE,  # its place in a title or name, or in a value
+    "first": 26 + 1,  # the first letter of the line's name; the last: none, a title
+}
+TITLE = 26
+# What a token does: idle attention rests on it; it is asked for; it looks for that; it is a patch
+# with ink or, with a minus, anything else; it is the number of a page.
+ROLES = ("sink", "ask", "look", "ink", "mark")
 
 
-def draw_turns(scene: Scene, rng: random.Random, count_share: float) -> list[tuple[str, str]]:
-    """Questions about a scene; with that probability one is the counting question."""
-    kinds = ["color", "digit", "place"] + (["frame"] if scene.frames > 1 else [])
-    chosen = [rng.choice(kinds) for _ in range(QUESTIONS)]
-    if rng.random() < count_share:
-        chosen[rng.randrange(QUESTIONS)] = "count"
-    return [question_and_answer(kind, scene, rng) for kind in chosen]
+def patch_labels(page: Page) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every patch of a page: the labels (400, 4) int64, the letters of its line's name (400, 26)
+    in {0, 1}, and whether it has ink (400,). Without ink, only its line means something, and is -1
+    between lines."""
+    labels, letters = torch.zeros(GRID, GRID, 4, dtype=torch.int64), torch.zeros(GRID, GRID, 26)
+    ink = torch.zeros(GRID, GRID, dtype=torch.bool)
+    labels[..., 1] = -1
+    labels[TITLE_ROW, :, 1] = 0
+    for line in range(1, LINES + 1):
+        labels[FIRST_ROW + LINE_PITCH * (line - 1), :, 1] = line
+    for row, column, character, line, field, slot in page.cells():
+        name = page.lines[line - 1].name if line else ""
+        slot += LONGEST_TITLE * (field == "value")
+        first = CHARACTERS.index(name[0]) if name else TITLE
+        labels[row, column] = torch.tensor([CHARACTERS.index(character), line, slot, first])
+        letters[row, column, [CHARACTERS.index(letter) for letter in name]] = 1
+        ink[row, column] = True
+    return labels.flatten(0, 1), letters.flatten(0, 1), ink.flatten()
+
+
+def draw_turns(scene: list[Page], rng: random.Random) -> list[tuple[str, str, int | None]]:
+    """Questions about a scene, their answers, and the line that they are about, if it is one."""
+    kinds, turns = kinds_of(scene), []
+    for kind in rng.choices(kinds, [SHARES[kind] for kind in kinds], k=QUESTIONS):
+        page = rng.choice(scene)
+        line = rng.choice(page.lines)
+        wording = rng.choice([0, 0, 1, 2])
+        question, answer = question_and_answer(kind, scene, rng, line, wording)
+        question = question.rstrip("?") if rng.random() < 0.15 else question
+        about = {"title": 0, "total": len(page.lines), "list": None}
+        turns.append((question, answer, about.get(kind, page.lines.index(line) + 1)))
+    return turns
 
 
 class Writer:
     """Scenes and turns to training sequences, with the processor's own prompts."""
 
-    def __init__(self, processor: Processor, patches: int):
-        self.processor, self.patches = processor, patches
-        self.stop = processor.tokenizer.token_to_id("</s>")
-        self.question = functools.lru_cache(None)(processor.question)
+    def __init__(self, processor: Processor):
+        tokenizer, self.processor = processor.tokenizer, processor
+        self.stop = tokenizer.token_to_id("</s>")
+        self.end = {tokenizer.token_to_id(word) for word in ("?", "Ġassistant", ":")}
+        self.question = functools.lru_cache(100_000)(processor.question)
         self.answer = functools.lru_cache(100_000)(
-            lambda text: processor.tokenizer.encode(" " + text, add_special_tokens=False).ids
+            lambda text: tokenizer.encode(" " + text, add_special_tokens=False).ids
         )
 
-    def write(self, frames: int, turns: list, isolated: bool, rng: random.Random) -> list[tuple]:
-        """One sequence as (token id, position, turn, is it to be predicted), turn 0 the context."""
-        context = self.processor.context([self.patches] * frames)
-        rows = [(token, position, 0, False) for position, token in enumerate(context)]
-        for turn, (question, answer) in enumerate(turns, 1):
+    def write(
+        self, pages: int, turns: list, isolated: bool, rng: random.Random
+    ) -> list[tuple[int, ...]]:
+        """One sequence as (token id, position, turn, is it to be predicted, mark): turn 0 is the
+        context, the mark of a row at a question's end is 2 plus its line, 1 without one, else 0."""
+        context = self.processor.context([GRID**2] * pages)
+        positions = list(range(len(context)))
+        if rng.random() < 0.7:
+            positions = random_positions(len(context), rng)
+        rows = [(token, position, 0, False, 0) for token, position in zip(context, positions)]
+        after = positions[-1] + 1
+        for turn, (question, answer, line) in enumerate(turns, 1):
             first = isolated or turn == 1
-            asked = self.question(vary(question, rng), first=first)
-            answered = self.answer(answer)
-            start = len(context) if isolated else len(rows)
-            tokens = [(token, False) for token in asked] + [(token, True) for token in answered]
+            asked, answered = self.question(question, first=first), self.answer(answer)
+            start = after if isolated else rows[-1][1] + 1
+            mark = 1 if line is None else 2 + line
+            marks = [mark if token in self.end else 0 for token in asked[-3:]]
+            tokens = [(token, False, 0) for token in asked[:-3]]
+            tokens += [(token, False, mark) for token, mark in zip(asked[-3:], marks)]
+            tokens += [(token, True, 0) for token in answered]
             if isolated or turn == len(turns):
-                tokens.append((self.stop, True))
+                tokens.append((self.stop, True, 0))
             if not first:  # the stop token that opens a later prompt ends the answer before it
-                tokens[0] = (tokens[0][0], True)
-            rows += [(t, start + i, turn, loss) for i, (t, loss) in enumerate(tokens)]
+                tokens[0] = (tokens[0][0], True, 0)
+            rows += [(token, start + i, turn, *rest) for i, (token, *rest) in enumerate(tokens)]
         return rows
 
 
+def random_positions(count: int, rng: random.Random) -> list[int]:
+    """Ascending from 0, some of them equal; the gaps between them differ by orders of magnitude."""
+    spread = rng.uniform(0, 2.5)
+    ends = list(itertools.accumulate(rng.lognormvariate(0, spread) for _ in range(count)))
+    span = rng.uniform(0.25, 1) * count / ends[-1]
+    return [int(span * (end - ends[0])) for end in ends]
+
+
 def make_batch(writer: Writer, seed: int, step: int) -> tuple[Tensor, Tensor, bool]:
-    """Frames (B, frames, 3, S, S) uint8, rows (B, T, 4) int64 as `Writer.write` gives them,
+    """Pictures (B * pages, 3, S, S) uint8, rows (B, T, 5) int64 as `Writer.write` gives them,
     isolated."""
     rng = random.Random(f"train {seed} decoder {step}")
-    simple = step < SIMPLE_STEPS  # look-ups in single pictures, one question at a time
+    simple = step < SIMPLE_STEPS
     clip = rng.random() < CLIP_SHARE and not simple
-    frames, batch = (rng.randint(*CLIP_FRAMES), CLIP_BATCH) if clip else (1, DECODER_BATCH)
-    isolated = rng.random() < 0.5 or simple
-    count_share = 0 if simple else 0.8
-    scenes = [make_scene(rng, frames) for _ in range(batch)]
-    pictures = torch.stack([render(scene, rng) for scene in scenes])
-    sequences = [
-        writer.write(frames, draw_turns(s, rng, count_share), isolated, rng) for s in scenes
+    isolated = rng.random() >= CONVERSATION_SHARE or simple
+    pages, batch = (rng.randint(*CLIP_PAGES), 1) if clip else (1, DECODER_BATCH)
+    scenes = [make_scene(rng, pages) for _ in range(batch)]
+    pictures = torch.cat([render(scene, rng, training_fonts()) for scene in scenes])
+    turns = [
+        draw_turns(scene, rng)[: QUESTIONS if isolated else QUESTIONS // 2] for scene in scenes
     ]
+    sequences = [writer.write(pages, each, isolated, rng) for each in turns]
     longest = max(map(len, sequences))
-    padding = (0, 0, QUESTIONS + 1, False)
+    padding = (0, 0, QUESTIONS + 1, False, 0)
     rows = [sequence + [padding] * (longest - len(sequence)) for sequence in sequences]
     return pictures, torch.tensor(rows), isolated
 
 
-# --- stage 1: the tower ---------------------------------------------------------------------------
+# --- stage 1: tower and projector -----------------------------------------------------------------
+
+
+def make_codes() -> dict[str, Tensor]:
+    """Orthogonal vectors of length sqrt(E): a table (values, E) for every label and for the letters
+    in a name and for pages, and one for each of the ROLES."""
+    roles = dict.fromkeys(ROLES, 1)
+    sizes = LABELS | {"letters": 26} | roles | {"page": PAGES}
+    vectors = torch.linalg.qr(torch.randn(E, E))[0] * E**0.5
+    codes = dict(zip(sizes, vectors[: sum(sizes.values())].split(list(sizes.values()))))
+    return codes | {name: codes[name][0] for name in ROLES}
+
+
+def meaning(codes: dict[str, Tensor], labels: Tensor, letters: Tensor, ink: Tensor) -> Tensor:
+    """What the visual tokens (..., E) of labelled patches shall be."""
+    line = labels[..., 1]
+    blank = 0.35 * codes["sink"] - codes["ink"]
+    written = 0.8 * codes["sink"] + codes["ink"] + letters @ codes["letters"] / 2
+    for name, label in zip(LABELS, labels.unbind(-1)):
+        if name != "line":
+            written = written + codes[name][label]
+    place = 0.7 * codes["line"][line] * (line >= 0)[..., None]
+    return place + torch.where(ink[..., None], written, blank)
 
 
 class Heads(nn.Module):
-    """What the tower is asked while it is trained; only `post_layernorm` is kept."""
+    """What the class token is asked while the tower is trained; only `post_layernorm` is kept."""
 
     def __init__(self, width: int):
         super().__init__()
         self.post_layernorm = nn.LayerNorm(width, 1e-5)
-        self.present = nn.Linear(width, 10 + len(COLORS))
-        self.patch = nn.Linear(width, sum(HEADS))
+        self.counts = nn.Linear(width, len(CHARACTERS))
 
 
-def tower_loss(model: VLM, heads: Heads, seed: int, step: int) -> tuple[Tensor, str]:
-    """The first stage's loss on a batch of pictures, and words for the log: every patch says what
-    it shows, the class token which digits and colours there are."""
+def class_token(block: VisionBlock, x: Tensor) -> Tensor:
+    """block(x)[:, 0] (B, C), without the work for all other rows."""
+    attention, y = block.self_attn, block.layer_norm1(x)
+    q, k, v = (
+        projection(rows).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for projection, rows in (
+            (attention.q_proj, y[:, :1]), (attention.k_proj, y), (attention.v_proj, y)
+        )
+    )  # fmt: skip
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x[:, :1] + attention.out_proj(out)
+    return (x + block.mlp(block.layer_norm2(x)))[:, 0]
+
+
+def tower_loss(
+    model: VLM, heads: Heads, codes: dict[str, Tensor], seed: int, step: int
+) -> tuple[Tensor, str]:
+    """The first stage's loss on a batch of pages, and words for the log."""
     rng = random.Random(f"train {seed} tower {step}")
-    scenes = [make_scene(rng) for _ in range(TOWER_BATCH)]
-    pixels = normalise(torch.cat([render(scene, rng) for scene in scenes]))
-    labels = torch.cat([patch_labels(scene) for scene in scenes])  # (B, patches, 4)
+    pages = [make_scene(rng)[0] for _ in range(TOWER_BATCH)]
+    pixels = normalise(render(pages, rng, training_fonts()))
+    labels, letters, ink = map(torch.stack, zip(*map(patch_labels, pages)))
     tower = model.vision_tower
     x = tower.embed(pixels)
     for block in tower.layers[:-1]:
         x = block(x)
-    guesses = heads.patch(x[:, 1:]).split(HEADS, -1)
-    glyph = labels[..., 0] > 0
-    loss = torch.zeros(())
-    for guess, label in zip(guesses, labels.unbind(-1)):
-        loss = loss + F.cross_entropy(guess.flatten(0, 1), label.flatten())
-        loss = loss + F.cross_entropy(guess[glyph], label[glyph])
-    present = torch.cat(
-        [F.one_hot(labels[..., i], n).amax(1)[:, 1:] for i, n in ((0, 11), (1, 1 + len(COLORS)))],
-        -1,
-    )
-    summary = heads.present(heads.post_layernorm(tower.layers[-1](x)[:, 0]))
-    loss = loss + 4 * F.binary_cross_entropy_with_logits(summary, present.float())
-    right = torch.stack([g.argmax(-1) == lab for g, lab in zip(guesses, labels.unbind(-1))])
-    seen = ((summary > 0) == present.bool()).float().mean()
-    return loss, f"patches {right.all(0)[glyph].float().mean():.3f} class token {seen:.3f}"
+    visual = model.projector(x[:, 1:])
+
+    # 1. Visual tokens are near the sum of their codes, and each code can be told from the others.
+    error = (visual - meaning(codes, labels, letters, ink)).square().mean(-1)
+    loss = 0.5 * (error.mean() + error[ink].mean())
+    right = []
+    for name, label in zip(LABELS, labels[ink].unbind(-1)):
+        guess = visual[ink] @ codes[name].T * (10 / E)
+        loss = loss + F.cross_entropy(guess, label)
+        right.append((guess.argmax(-1) == label).float().mean())
+    guess = visual[ink] @ codes["letters"].T * (20 / E) - 5
+    loss = loss + 10 * F.binary_cross_entropy_with_logits(guess, letters[ink])
+    right.append(((guess > 0) == letters[ink].bool()).all(-1).float().mean())
+
+    # 2. The class token counts characters.
+    counts = F.one_hot(labels[..., 0], len(CHARACTERS)).mul(ink[..., None]).sum(1)
+    guess = heads.counts(heads.post_layernorm(class_token(tower.layers[-1], x)))
+    loss = loss + 8 * F.mse_loss(guess, counts / 4)
+    words = " ".join(f"{n} {r:.3f}" for n, r in zip((*LABELS, "letters"), right))
+    return loss, f"{words} off {error[ink].mean():.2f}"
 
 
-# --- between the stages: where projector and decoder start from ----------------------------------
+# --- between the stages: where the decoder starts from --------------------------------------------
 
 
 @torch.no_grad()
-def start_words(model: VLM, heads: Heads, tokenizer: Tokenizer, sink: Tensor) -> None:
-    """A visual token starts as the sum of the embeddings of the words that the tower reads from its
-    patch: from plain noise the decoder takes far longer to notice a few glyphs in a hundred."""
-    E = model.config.text.width
-
-    def vectors(n: int) -> Tensor:
-        x = torch.randn(n, E)
-        return x - (x @ sink)[:, None] * sink
-
-    digits, colors = vectors(1 + 10), vectors(1 + len(COLORS))  # the first of each: none
-    rows, columns = 0.7 * vectors(BOARD), 0.7 * vectors(BOARD)
-    meaning = dict(zip(map(str, range(10)), digits[1:])) | dict(zip(COLORS, colors[1:]))
-    for row in range(BOARD):
-        for column in range(BOARD):
-            meaning[Glyph(0, "", row, column, 0).cell] = rows[row] + columns[column]
+def start_words(model: VLM, codes: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Embeddings as sums of codes: a character is itself, and in a name a letter of it; what can be
+    asked about asks; the end of a question looks, and so does every character of an answer, for the
+    next one."""
     words = model.decoder.embed_tokens.weight
-    words.copy_(vectors(len(words)))
-    for word, vector in meaning.items():
-        for spelling in (f" {word}", f", {word}"):
-            ids = tokenizer.encode(spelling, add_special_tokens=False).ids
-            if len(ids) == 1:
-                words[ids[0]] = vector + 0.3 * vectors(1)[0]
-    model.lm_head.weight.copy_(0.3 * words)
-    words += SINK * E**0.5 * sink
-    words[tokenizer.token_to_id("<s>")] = E**0.5 * sink
-    # The projector's first units are those of the tower's heads, about 2.5 where a head is sure.
-    weight = torch.cat([part - part.mean(0) for part in heads.patch.weight.split(HEADS)]) / 4
-    bias = torch.cat([part - part.mean() for part in heads.patch.bias.split(HEADS)]) / 4
-    first, _, second = model.projector.layers
-    first.weight[: len(bias)] = weight * model.feature_std
-    first.bias[: len(bias)] = bias + weight @ model.feature_mean
-    second.weight[:, : len(bias)] = torch.cat([digits, colors, rows, columns]).T
-    second.weight[:, len(bias) :] *= 0.05
-    second.bias.copy_(SINK * 2.5 * 2 * E**0.5 * sink)
+    roles = torch.stack([codes[name] for name in ROLES]) / E**0.5
+    noise = torch.randn(len(words), E)
+    noise -= noise @ roles.T @ roles
+    words.copy_(noise)
+    told = noise.clone()
+
+    def put(piece: str, code: Tensor, **shares: float) -> None:
+        number = tokenizer.token_to_id(piece)
+        vector = F.normalize(code + 0.3 * noise[number], dim=0) * E**0.5
+        words[number] = vector + sum(share * codes[role] for role, share in shares.items())
+
+    for number, character in enumerate(CHARACTERS):
+        for piece in (character, f"Ġ{character}"):
+            code = codes["character"][number]
+            if (place := tokenizer.token_to_id(piece)) is None:  # a space comes before no dot
+                continue
+            told[place] = code + 0.3 * noise[place]
+            if character.isalpha():
+                code = code + codes["letters"][number]
+                code = code + 2 * codes["first"][number] * (piece != character)
+            put(piece, code, look=1.2, ask=float(character.isalnum()))
+    for line in range(1, LINES + 1):
+        put(f"ĠlineĠ{line}", codes["line"][line], ask=1)
+    for page in range(1, PAGES + 1):  # the higher, the more it draws
+        for piece in (f"pageĠ{page}", f"ĠpageĠ{page}"):
+            put(piece, codes["page"][page - 1], mark=0.4 + 0.2 * page)
+            told[tokenizer.token_to_id(piece)] = codes["page"][page - 1]
+    for word in ("title", "called"):
+        put(f"Ġ{word}", codes["line"][0] + codes["first"][TITLE], ask=1)
+    letters = [CHARACTERS.index(letter) for letter in "total"]
+    put("Ġtotal", codes["first"][letters[0]] + codes["letters"][sorted(set(letters))].sum(0), ask=1)
+    for word in ("?", "Ġassistant", ":"):
+        number = tokenizer.token_to_id(word)
+        code = codes["character"][CHARACTERS.index(":")] if word == ":" else noise[number]
+        words[number] = 0.5 * code + 1.2 * codes["look"]
+    model.lm_head.weight.copy_(0.15 * told)
+    words += 0.35 * codes["sink"] - codes["ink"]
+    words[tokenizer.token_to_id("<s>")] = codes["sink"]
 
 
 @torch.no_grad()
-def start_attention(model: VLM, sink: Tensor) -> None:
-    """Mimetic initialisation (Trockman and Kolter, arXiv 2305.09828): queries look for keys of
-    similar content, values are passed on as they are. A query that finds nothing attends to <s>, an
+def start_attention(model: VLM, codes: dict[str, Tensor]) -> None:
+    """Queries look for keys of the same codes, values are passed on as they are (mimetic
+    initialisation, Trockman and Kolter, arXiv 2305.09828), in dimensions that RoPE turns slowly,
+    where a match does not depend on distance. Of the last two dimensions one sends the tokens that
+    look to those that ask (layer 0) or to ink, and the other sends idle queries to <s>, an
     attention sink (Xiao et al., arXiv 2309.17453) as in large models; without it the model rests on
-    the empty patches, and misses them once they are pruned."""
+    blank paper, and misses it once it is pruned."""
     text = model.config.text
-    E, D, group = text.width, text.head_dim, text.heads // text.kv_heads
-    for block in model.decoder.layers:
+    D, group = text.head_dim, text.heads // text.kv_heads
+    turns = torch.tensor([text.rope_theta ** (-2 * (i % (D // 2)) / D) for i in range(D - 2)])
+    slow = (turns < 0.001).nonzero()[:, 0]
+    character, line, slot = codes["character"], codes["line"], codes["slot"]
+    letters, digits, first = codes["letters"], character[26:36], codes["first"]
+    page = codes["page"]
+    nothing = torch.zeros(0, E)
+    # For layers 0, 1 and all others, for the first and the second half of the heads: what is
+    # matched, what is carried.
+    plans = [
+        [((nothing,), (page, letters)), ((nothing,), (line, digits, first))],
+        [((letters,), (page, line, character)), ((line, digits), (line, character))],
+        [((line, letters), (slot, character)), ((page, line, slot), (line, character))],
+    ]
+    for number, block in enumerate(model.decoder.layers):
         attention = block.self_attn
-        for g in range(text.kv_heads):
-            match, carry = torch.randn(E, D), torch.randn(E, D)
-            match[:, 0] = sink
-            match, carry = (torch.linalg.qr(x)[0].T for x in (match, carry))
-            match = match.roll(-1, 0)  # the sink in the last of the D: it turns least with distance
-            match[-1] *= 1.22
-            carry = carry - (carry @ sink)[:, None] * sink
-            attention.k_proj.weight[g * D : (g + 1) * D] = match
-            attention.v_proj.weight[g * D : (g + 1) * D] = carry
+        for weight in (attention.q_proj.weight, attention.k_proj.weight):
+            weight.normal_(std=0.06 if number else 0.02)
+        for g, (matched, carried) in enumerate(plans[min(number, 2)]):
+            match, carry = combine(len(slow), *matched), combine(D, *carried)
+            aim = codes["ink"] - codes["ask"] - codes["look"] if number else codes["ask"]
+            keys, values = (
+                p.weight[g * D : (g + 1) * D] for p in (attention.k_proj, attention.v_proj)
+            )
+            keys[slow] = match
+            keys[-2], keys[-1] = 2 * aim / E**0.5, 1.22 * codes["sink"] / E**0.5
+            values.copy_(carry)
             for h in range(g * group, (g + 1) * group):
-                attention.q_proj.weight[h * D : (h + 1) * D] = match + 0.06 * torch.randn(D, E)
-                attention.o_proj.weight[:, h * D : (h + 1) * D] = carry.T
+                queries = attention.q_proj.weight[h * D : (h + 1) * D]
+                queries[slow] = 1.2 * match + 0.06 * torch.randn(len(slow), E)
+                queries[-2], queries[-1] = 2 * codes["look"] / E**0.5, 1.22 * codes["sink"] / E**0.5
+                if number == 0:  # a patch looks for the last of the pages' numbers before it
+                    keys[slow[0]], queries[slow[0]] = (
+                        2 * codes["mark"] / E**0.5,
+                        2 * codes["ink"] / E**0.5,
+                    )
+                out = attention.o_proj.weight[:, h * D : (h + 1) * D]
+                out.copy_(carry.T * (1 if number else 2.5))
         block.mlp.down_proj.weight.normal_(std=0.02)
 
 
-@torch.no_grad()
-def measure_features(model: VLM, seed: int) -> None:
-    """Mean and standard deviation of the features that the projector sees as (f - mean) / std."""
-    rng = random.Random(f"train {seed} scale")
-    frames = torch.cat([render(make_scene(rng), rng) for _ in range(64)])
-    features = torch.cat(model.encode(normalise(frames)))
-    model.feature_mean.copy_(features.mean(0))
-    model.feature_std.copy_(features.std(0))
+def combine(rows: int, *groups: Tensor) -> Tensor:
+    """(rows, E): for every group of codes about as many orthonormal rows within its span; zeros if
+    there are fewer codes. The smallest groups first."""
+    made = torch.zeros(0, E)
+    for left, group in zip(range(len(groups), 0, -1), groups):
+        share = min(len(group), (rows - len(made)) // left)
+        mix = torch.linalg.qr(torch.randn(len(group), share))[0]
+        made = torch.cat([made, mix.T @ group / E**0.5])
+    return torch.cat([made, torch.zeros(rows - len(made), E)])
 
 
 # --- stage 2: projector and decoder ---------------------------------------------------------------
 
 
-def decoder_loss(model: VLM, writer: Writer, seed: int, step: int) -> tuple[Tensor, str]:
-    """The second stage's loss on a batch of conversations, and words for the log: cross-entropy of
-    the answers' tokens."""
+class Helpers(nn.Module):
+    """What the end of a question is asked in training, layer by layer; nothing of it is kept."""
+
+    def __init__(self, layers: int, codes: dict[str, Tensor], tokenizer: Tokenizer):
+        super().__init__()
+        self.line = codes["line"] * 1.5 / E**0.5
+        self.characters = nn.ModuleList(
+            nn.Linear(E, len(CHARACTERS)) for _ in range(FIRST_HELPED, layers)
+        )
+        for head in self.characters:
+            nn.init.zeros_(head.bias)
+            head.weight.data.copy_(codes["character"] * 1.5 / E**0.5)
+        self.character_of = torch.full((tokenizer.get_vocab_size(),), -1)
+        for number, character in enumerate(CHARACTERS):
+            for piece in (character, f"Ġ{character}"):
+                if (token := tokenizer.token_to_id(piece)) is not None:
+                    self.character_of[token] = number
+
+    def answers(self, ids: Tensor, turn: Tensor, answer: Tensor) -> Tensor:
+        """How the characters of every turn's answer are distributed (B, QUESTIONS + 2, 38)."""
+        character = self.character_of[ids]
+        counts = torch.zeros(len(ids), QUESTIONS + 2, len(CHARACTERS))
+        b, t = (answer & (character >= 0)).nonzero(as_tuple=True)
+        counts.index_put_((b, turn[b, t], character[b, t]), torch.ones(len(b)), accumulate=True)
+        return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def decoder_loss(
+    model: VLM, helpers: Helpers, writer: Writer, seed: int, step: int
+) -> tuple[Tensor, str]:
+    """The second stage's loss on a batch, and words for the log: cross-entropy of the answers'
+    tokens, and half of that of the helpers."""
     pictures, rows, isolated = make_batch(writer, seed, step)
-    ids, positions, turn, loss_here = rows.unbind(-1)
-    features = torch.stack(model.encode(normalise(pictures.flatten(0, 1))))
-    features = (features - model.feature_mean) / model.feature_std
-    visual = model.projector(features).flatten(0, 1)  # (B * frames * patches, E)
+    ids, positions, turn, predicted, mark = rows.unbind(-1)
+    visual = model.projector(torch.stack(model.encode(normalise(pictures)))).flatten(0, 1)
     embeddings = model.decoder.embed_tokens(ids)
     placeholder = (ids == model.config.image_token_id)[..., None].expand_as(embeddings)
     embeddings = embeddings.masked_scatter(placeholder, visual)
-    T = ids.shape[1]
-    allowed = torch.ones(T, T, dtype=torch.bool).tril().expand(len(ids), T, T)
+    C, T = int((turn[0] == 0).sum()), ids.shape[1]  # rows of the context, all rows
+    allowed = torch.ones(T, T, dtype=torch.bool).tril()[C:].expand(len(ids), T - C, T)
     if isolated:
-        allowed = allowed & ((turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None]))
+        allowed = allowed & ((turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, C:, None]))
+    brought = []  # by attention to the rows of the text, in every layer
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = allowed[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        context = F.scaled_dot_product_attention(
+            q[:, :, :C], k[:, :, :C], v[:, :, :C], is_causal=True, enable_gqa=True
+        )
+        text = F.scaled_dot_product_attention(
+            q[:, :, C:], k, v, attn_mask=allowed[:, None], enable_gqa=True
+        )
+        brought.append(
+            model.decoder.layers[layer].self_attn.o_proj(text.transpose(1, 2).flatten(2))
+        )
+        return torch.cat([context, text], 2)
 
-    hidden = model.decoder(embeddings, positions[:, None], attend)
-    predict = loss_here[:, 1:].bool()
-    logits, target = model.lm_head(hidden[:, :-1][predict]), ids[:, 1:][predict]
+    hidden = model.decoder(embeddings, positions[:, None], attend)[:, C:]
+    ids, turn, predicted, mark = ids[:, C:], turn[:, C:], predicted[:, C:].bool(), mark[:, C:]
+
+    # 1. The answers.
+    wanted = predicted[:, 1:]
+    logits, target = model.lm_head(hidden[:, :-1][wanted]), ids[:, 1:][wanted]
+    loss = F.cross_entropy(logits, target)
     right = (logits.argmax(-1) == target).float().mean()
-    return F.cross_entropy(logits, target), f"tokens {right:.4f}"
+
+    # 2. What the end of a question knows: the line, and the answer's characters.
+    end = mark > 0
+    line, known = mark[end] - 2, mark[end] > 1
+    loss = loss + 0.5 * F.cross_entropy((hidden[end] @ helpers.line.T)[known], line[known])
+    answers = helpers.answers(ids, turn, predicted)
+    b, _ = end.nonzero(as_tuple=True)
+    target = answers[b, turn[end]]
+    for rows_of, head in zip(brought[FIRST_HELPED:], helpers.characters):
+        guess = head(F.normalize(rows_of[end], dim=-1) * E**0.5)
+        loss = loss + 0.5 * F.cross_entropy(guess, target) / len(helpers.characters)
+    return loss, f"{'single' if isolated else 'chat'} tokens {right:.4f}"
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
 
 def new_model(vocab: int) -> VLM:
-    """The untrained model; the tower's features are standardised for the projector."""
+    """The untrained model. RoPE turns slowly: with theta 10,000 most dimensions of a small head
+    would turn by more than a radian within a page."""
     vision = VisionConfig(width=128, mlp=384, layers=3, heads=4, image_size=SIDE, patch_size=CELL)
     text = TextConfig(
-        vocab=vocab, width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, eps=1e-5
-    )
+        vocab=vocab, width=E, mlp=384, layers=6, heads=4, kv_heads=2, head_dim=32, eps=1e-5,
+        rope_theta=1e10, max_positions=8192,
+    )  # fmt: skip
     model = VLM(Config(vision, text, image_token_id=SPECIAL.index("<image>")))
-    small = ("out_proj.weight", "fc2.weight", "embed_tokens.weight")
+    small = ("out_proj.weight", "fc2.weight")
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02 if name.endswith(small) else 0.06)
-    model.register_buffer("feature_mean", torch.zeros(vision.width))
-    model.register_buffer("feature_std", torch.ones(vision.width))
     return model
+
+
+@torch.no_grad()
+def start_tower(model: VLM) -> None:
+    """A patch's position starts as the sum of vectors for its row and its column, and attention
+    looks for patches of similar content or place."""
+    tower = model.vision_tower
+    width, heads = model.config.vision.width, model.config.vision.heads
+    row, column = torch.randn(GRID, 1, width), torch.randn(1, GRID, width)
+    tower.position_embedding.weight[1:] = 1.2 * (row + column).flatten(0, 1)
+    for block in tower.layers[:-1]:
+        for h in range(heads):
+            match = torch.linalg.qr(torch.randn(width, width // heads))[0].T
+            for projection in (block.self_attn.q_proj, block.self_attn.k_proj):
+                projection.weight.unflatten(0, (heads, -1))[h] = match
 
 
 def run_stage(name, parameters, loss_at, steps, rate, state, save) -> None:
@@ -383,42 +588,45 @@ def run_stage(name, parameters, loss_at, steps, rate, state, save) -> None:
 def train(seed: int, out: Path) -> None:
     """Train both stages, going on from STATE if there is one, and write the checkpoint to `out`."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer, codes = make_tokenizer(), make_codes()
     model = new_model(tokenizer.get_vocab_size())
     heads = Heads(model.config.vision.width)
+    start_tower(model)
+    start_words(model, codes, tokenizer)
+    start_attention(model, codes)
+    helpers = Helpers(model.config.text.layers, codes, tokenizer)
     write_json_files(out, model, tokenizer)
-    writer = Writer(load_processor(out), model.config.vision.patches)
+    writer = Writer(load_processor(out))
+    parts = {"model": model, "heads": heads, "helpers": helpers}
     state = {"stage": 0, "step": 0, "optimizer": None, "seed": seed}
     if STATE.exists():
         state = torch.load(STATE, weights_only=True)
         if state["seed"] != seed:
             raise SystemExit(f"{STATE} is of seed {state['seed']}: delete it to start anew")
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
 
     def save(stage: int, step: int, optimizer: dict | None) -> None:
         content = {"stage": stage, "step": step, "optimizer": optimizer, "seed": seed}
-        content |= {"model": model.state_dict(), "heads": heads.state_dict()}
+        content |= {name: part.state_dict() for name, part in parts.items()}
         torch.save(content, STATE.with_suffix(".new"))
         STATE.with_suffix(".new").replace(STATE)
 
+    projector = list(model.projector.parameters())
     if state["stage"] == 0:
         run_stage(
             "tower",
-            [*model.vision_tower.parameters(), *heads.parameters()],
-            lambda step: tower_loss(model, heads, seed, step),
+            [*model.vision_tower.parameters(), *projector, *heads.parameters()],
+            lambda step: tower_loss(model, heads, codes, seed, step),
             TOWER_STEPS, TOWER_RATE, state, lambda *args: save(0, *args),
         )  # fmt: skip
-        measure_features(model, seed)
-        sink = F.normalize(torch.randn(model.config.text.width), dim=0)
-        start_words(model, heads, tokenizer, sink)
-        start_attention(model, sink)
         state = {"step": 0, "optimizer": None}
         save(1, 0, None)
+    decoder = [*model.decoder.parameters(), *model.lm_head.parameters()]
     run_stage(
         "decoder",
-        [*model.projector.parameters(), *model.decoder.parameters(), *model.lm_head.parameters()],
-        lambda step: decoder_loss(model, writer, seed, step),
+        [*projector, *decoder, *helpers.parameters()],
+        lambda step: decoder_loss(model, helpers, writer, seed, step),
         DECODER_STEPS, DECODER_RATE, state, lambda *args: save(1, *args),
     )  # fmt: skip
     write_weights(out, model, heads)
@@ -429,7 +637,7 @@ def train(seed: int, out: Path) -> None:
 
 
 def write_weights(out: Path, model: VLM, heads: Heads) -> None:
-    """model.safetensors with the tensor names of LLaVA-1.5, the feature scale folded in."""
+    """model.safetensors with the tensor names of LLaVA-1.5."""
     parameters = dict(model.named_parameters())
     parameters |= {
         f"vision_tower.post_layernorm.{name}": tensor
@@ -437,9 +645,6 @@ def write_weights(out: Path, model: VLM, heads: Heads) -> None:
     }
     names = hub_names(llava.NAMES)
     tensors = {translate(name, names): t.detach().clone() for name, t in parameters.items()}
-    weight = tensors["multi_modal_projector.linear_1.weight"]
-    weight /= model.feature_std
-    tensors["multi_modal_projector.linear_1.bias"] -= weight @ model.feature_mean
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -457,7 +662,7 @@ def write_json_files(out: Path, model: VLM, tokenizer: Tokenizer) -> None:
             "vision_feature_select_strategy": "default",
             "tie_word_embeddings": False,
             "torch_dtype": "float32",
-            "prompt": {"frame": "frame {n}: {image}"},
+            "prompt": {"frame": "page {n}: {image}"},
             "vision_config": {
                 "model_type": "clip_vision_model",
                 "hidden_size": vision.width,

@@ -8,6 +8,7 @@ import argparse
 import io
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +16,26 @@ import torch
 from PIL import Image
 
 from checkpoints import load
-from checkpoints.processor import Clip, Pictures, open_clip, open_picture
-from model import check_sampling
+from checkpoints.processor import (
+    Clip,
+    Pictures,
+    Processor,
+    open_clip,
+    open_picture,
+    pictures_of,
+)
+from model import VLM, check_sampling
 from sparsevila import Answer, Dense, SparseVILA, check_fps, check_question, check_sparsity
+from tiny.scenes import READS, SIDE, is_known
 
 from . import command, files_in
 from .overlay import overlay
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-SAMPLE = TINY / "samples" / "board.png"
-SAMPLE_QUESTIONS = ["what color is the 7?", "which digit is red?", "where is the 4?"]
+ROUNDS = 5  # of --time, after one that warms up
+FILMS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".mpg", ".mpeg")
+SAMPLE = TINY / "samples" / "receipt.png"
+SAMPLE_QUESTIONS = ["how much is the coffee?", "what costs 3.10?", "what is on line 5?"]
 ANSWER_STAGES = ("question", "retrieve", "decode")
 
 
@@ -47,45 +58,53 @@ def run(arguments: argparse.Namespace) -> None:
         images = [open_picture(file) for file in arguments.image or [SAMPLE]]
 
     # 2. The model, and a session with it; the dense one first, if both are shown.
+    tell(f"loading {arguments.model}")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     template = arguments.prompt_template and arguments.prompt_template.replace("\\n", "\n")
     model, processor = load(
         arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision,
         template=template,
     )  # fmt: skip
+    if Path(arguments.model).resolve() == TINY:
+        torch.set_num_threads(1)  # so small that threads would wait for each other
+        size = pictures_of(images)[0].size
+        if size != (SIDE, SIDE) or not all(map(is_known, questions)):
+            print(f"note: {READS}", file=sys.stderr)
     session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
-    if arguments.chat:
-        session.see(images)
-        return chat(session, sampling)
     sessions = {"dense" if arguments.dense else "sparse": session}
-    if not (arguments.dense or arguments.sparse or arguments.json):
+    if not (arguments.dense or arguments.sparse or arguments.json or arguments.chat):
         sessions = {"dense": Dense(model, processor, **settings)} | sessions
+    where = {"model": str(arguments.model), "device": str(model.device)}
+    where |= {"precision": model.precision}
+    if not arguments.json:
+        print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
+    see_all(sessions, images)
+    if arguments.chat:
+        return chat(session, sampling)
 
-    # 3. Ask; a round before that is not counted, for first calls pay for thread pools and memory.
-    for each in sessions.values():
-        ask_all(each, images, questions[:1], sampling | {"max_new_tokens": 2})
-    answers, columns = {}, {}
-    for name, each in sessions.items():
-        answers[name] = ask_all(each, images, questions, sampling)
-        columns[name] = summary(each, questions, answers[name])
-
-    # 4. Tell.
-    where = {
-        "model": str(arguments.model),
-        "device": str(model.device),
-        "precision": model.precision,
-    }
+    # 3. Ask, and tell.
+    answers = ask_all(sessions, questions, sampling, quiet=arguments.json)
+    columns = {name: summary(s, questions, answers[name]) for name, s in sessions.items()}
+    if arguments.time:
+        times = timed(sessions, images, questions, sampling)
+        for name, column in columns.items():
+            column |= times[name]
     if arguments.json:
         where |= {"weight_bytes": model.weight_bytes, "settings": settings | sampling}
         print(json.dumps(where | columns.popitem()[1], indent=2))
     else:
-        print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
-        print_comparison(columns)
+        print_comparison(columns, arguments.time)
         print(f"weights: {model.weight_bytes:,} bytes, {model.precision}")
     if arguments.overlay:
-        shown = list(zip(questions, answers.pop(name)))  # of the last session, `session`
-        picture = overlay(session, shown, answers.get("dense"))
+        shown, dense = list(zip(questions, answers.popitem()[1])), answers.get("dense")
+        pruned = None
+        if not arguments.dense:
+            other = {"pruned": only_pruning(model, processor, settings)}
+            see_all(other, images)
+            pruned = other["pruned"], ask_all(other, questions, sampling, quiet=True)["pruned"]
+        picture = overlay(session, shown, dense, pruned)
         Path(arguments.overlay).write_bytes(encode_picture(picture, arguments.overlay))
+        print(f"wrote {arguments.overlay}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def checked_settings(arguments: argparse.Namespace, questions: list[str]) -> tuple[dict, dict]:
@@ -127,29 +146,97 @@ def checked_settings(arguments: argparse.Namespace, questions: list[str]) -> tup
     return settings, sampling
 
 
+def only_pruning(model: VLM, processor: Processor, settings: dict) -> SparseVILA:
+    """A session that only prunes, to as many tokens as one of these settings decodes from."""
+    share = (1 - settings["prefill_sparsity"]) * (1 - settings["decode_sparsity"])
+    settings = settings | {"prefill_sparsity": 1 - share, "decode_sparsity": 0.0}
+    return SparseVILA(model, processor, **settings)
+
+
+def tell(text: str) -> None:
+    """What is being done, for somebody who waits at a terminal."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """A piece of an answer, at once and on one line."""
+    print(text.replace("\n", " "), end="", flush=True)
+
+
+def see_all(sessions: dict[str, SparseVILA], images: list | Clip) -> None:
+    """Show the images to every session."""
+    for name, session in sessions.items():
+        tell(f"{name}: looking at {len(pictures_of(images))} pictures")
+        try:
+            session.see(images)
+        except ValueError as error:
+            hint = " (--sparse leaves out the dense model)" if name == "dense" else ""
+            raise ValueError(f"{error}{hint}") from None
+
+
 def ask_all(
-    session: SparseVILA, images: list | Clip, questions: list[str], sampling: dict
-) -> list[Answer]:
-    """Show the images, ask all questions."""
-    try:
-        session.see(images)
-    except ValueError as error:
-        hint = " (--sparse leaves out the dense model)" if isinstance(session, Dense) else ""
-        raise ValueError(f"{error}{hint}") from None
-    return [session.ask(question, **sampling) for question in questions]
+    sessions: dict[str, SparseVILA], questions: list[str], sampling: dict, *, quiet: bool
+) -> dict[str, list[Answer]]:
+    """The answers of every session; printed as they come, unless quiet."""
+    answers: dict[str, list[Answer]] = {name: [] for name in sessions}
+    for question in questions:
+        if not quiet:
+            print(question)
+        for name, session in sessions.items():
+            if not quiet:
+                print(f"  {name:8}", end="", flush=True)
+            answers[name].append(
+                session.ask(question, on_text=None if quiet else write, **sampling)
+            )
+            if not quiet:
+                print()
+        if not quiet:
+            print()
+    return answers
+
+
+def timed(
+    sessions: dict[str, SparseVILA], images: list | Clip, questions: list[str], sampling: dict
+) -> dict[str, dict]:
+    """For every session the medians of `ROUNDS` rounds of all of it, the sessions in turn."""
+    runs: dict[str, list[dict]] = {name: [] for name in sessions}
+    for number in range(ROUNDS + 1):
+        tell(f"timing, round {number} of {ROUNDS}")
+        for name, session in sessions.items():
+            see_all({name: session}, images)
+            answers = ask_all({name: session}, questions, sampling, quiet=True)[name]
+            runs[name].append(times_of(session, answers))
+    medians = {}
+    for name, (_, *counted) in runs.items():
+        stages = {
+            stage: statistics.median(run["milliseconds"][stage] for run in counted)
+            for stage in counted[0]["milliseconds"]
+        }
+        rates = [run["tokens_per_second"] or 0.0 for run in counted]
+        medians[name] = {"milliseconds": stages, "tokens_per_second": statistics.median(rates)}
+    return medians
 
 
 def chat(session: SparseVILA, sampling: dict) -> None:
     """Questions from standard input, answers streamed. Ctrl-C stops an answer; at the prompt it
-    ends the chat."""
+    ends the chat, as do /quit and the end of the input."""
+    tokens = session.stats["visual_tokens"]
+    print(f"{tokens['encoded']} visual tokens, {tokens['kept']} kept. Ask; /quit or Ctrl-D ends.")
+    answers = 0
     while True:
         try:
             question = input("> ")
         except (EOFError, KeyboardInterrupt):
             print()
+            question = "/quit"
+        if question.strip() == "/quit":
+            read = session.stats["visual_tokens"]["attended"] or [0]
+            print(f"{answers} answers; the last read {statistics.mean(read):.4g} visual tokens")
             return
         try:
             session.ask(question, on_text=lambda text: print(text, end="", flush=True), **sampling)
+            answers += 1
         except KeyboardInterrupt:
             print(" [interrupted, forgotten]", end="")
         except ValueError as error:
@@ -159,11 +246,6 @@ def chat(session: SparseVILA, sampling: dict) -> None:
 
 def summary(session: SparseVILA, questions: list[str], answers: list[Answer]) -> dict:
     """Answers, counts, bytes and milliseconds as one JSON-ready object."""
-    decoded = sum(len(answer.token_ids) - 1 for answer in answers)
-    decode = sum(answer.timings["decode"] for answer in answers)
-    stages = dict(session.stats["milliseconds"])
-    for stage in ANSWER_STAGES:
-        stages[stage] = sum(answer.timings[stage] for answer in answers) / len(answers)
     return {
         "answers": [
             {"question": question, "answer": answer.text, "token_ids": answer.token_ids}
@@ -171,19 +253,24 @@ def summary(session: SparseVILA, questions: list[str], answers: list[Answer]) ->
         ],
         "visual_tokens": session.stats["visual_tokens"],
         "kv_bytes_per_token": round(sum(a.kv_bytes_per_token for a in answers) / len(answers)),
-        "milliseconds": stages,
-        "tokens_per_second": 1000 * decoded / decode if decoded else None,
+        **times_of(session, answers),
     }
 
 
-def print_comparison(columns: dict[str, dict]) -> None:
-    """Answers, then counts and times, one column for each summary."""
+def times_of(session: SparseVILA, answers: list[Answer]) -> dict:
+    """Milliseconds by stage, and the rate of decoding."""
+    decoded = sum(len(answer.token_ids) - 1 for answer in answers)
+    decode = sum(answer.timings["decode"] for answer in answers)
+    stages = dict(session.stats["milliseconds"])
+    for stage in ANSWER_STAGES:
+        stages[stage] = sum(answer.timings[stage] for answer in answers) / len(answers)
+    rate = 1000 * decoded / decode if decoded else None
+    return {"milliseconds": stages, "tokens_per_second": rate}
+
+
+def print_comparison(columns: dict[str, dict], times: bool) -> None:
+    """What is the same in every run, then medians of times, one column for each summary."""
     names = list(columns)
-    for answers in zip(*(columns[name]["answers"] for name in names)):
-        print(answers[0]["question"])
-        for name, answer in zip(names, answers):
-            print(f"  {name:8}{' '.join(answer['answer'].split())}")
-        print()
 
     def line(label: str, value: Callable[[dict], str]) -> None:
         print(f"{label:34}" + "".join(f"{value(columns[name]):>12}" for name in names))
@@ -196,6 +283,8 @@ def print_comparison(columns: dict[str, dict]) -> None:
         lambda c: f"{statistics.mean(c['visual_tokens']['attended']):.4g}",
     )
     line("KV bytes read per token", lambda c: f"{c['kv_bytes_per_token']:,}")
+    if not times:
+        return
     for stage in ("vision", "prune", "prefill", "question", "retrieve", "decode"):
         unit = "ms per question" if stage in ANSWER_STAGES else "ms"
         line(f"{stage}, {unit}", lambda c, stage=stage: f"{c['milliseconds'][stage]:.1f}")
@@ -205,7 +294,12 @@ def print_comparison(columns: dict[str, dict]) -> None:
 def read_clip(path: str, fps: float | None) -> Clip:
     """An animated file, or the pictures of a folder in the order of `files_in`. fps: frames per
     second; if None, what the file says, or one for a folder. Raises: ValueError for an empty
-    folder, and as `open_clip`."""
+    folder and for films, and as `open_clip`."""
+    if Path(path).suffix.lower() in FILMS and not Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a film, accepted: an animated picture, or a folder of frames, made by "
+            f"'mkdir frames; ffmpeg -i {path} -vf fps=1 frames/%05d.png'"
+        )
     if Path(path).is_dir():
         files = files_in(path)
         if not files:
@@ -231,7 +325,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options of the command line; `python sparsevila.py --help` lists them."""
     parser = argparse.ArgumentParser(
         description="Ask pictures several questions with SparseVILA, beside the dense model. "
-        "Without arguments: a sample picture and the tiny model of this folder."
+        "Without arguments: a sample page and the tiny model of this folder, which reads such "
+        "pages and nothing else (tiny/README.md)."
     )
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument(
@@ -239,7 +334,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=nonempty_path,
         action="append",
         metavar="FILE",
-        help="a picture (repeatable)",
+        help=f"a picture (repeatable; default: {SAMPLE.relative_to(TINY.parent)})",
     )
     pictures.add_argument(
         "--video",
@@ -254,34 +349,85 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="frames per second of the clip (default: what the file says, else 1)",
     )
     questions = parser.add_mutually_exclusive_group()
-    questions.add_argument("--ask", action="append", metavar="TEXT", help="a question (repeatable)")
-    questions.add_argument("--chat", action="store_true", help="questions from the terminal")
+    questions.add_argument(
+        "--ask",
+        action="append",
+        metavar="TEXT",
+        help="a question (repeatable; default: three about the sample page)",
+    )
+    questions.add_argument(
+        "--chat", action="store_true", help="questions from the terminal, one after the other"
+    )
     parser.add_argument(
         "--model",
         type=nonempty_path,
         default=TINY,
-        help="checkpoint folder or hub repository",
+        help="checkpoint folder or hub repository (default: the tiny model)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of the hub repository (default: its main branch)"
+    )
     parser.add_argument(
         "--prompt-template",
         metavar="TEXT",
         help="two turns with {image}, {question}, {answer}, {question} in place of the family's "
         "prompt; \\n is a new line",
     )
-    parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
-    parser.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
-    parser.add_argument("--positions", choices=["contiguous", "original"], default="contiguous")
-    parser.add_argument("--scope", choices=["frame", "global"], default="frame")
+    parser.add_argument(
+        "--prefill-sparsity",
+        type=float,
+        default=0.75,
+        metavar="S",
+        help="share of the visual tokens that is pruned before any question (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--decode-sparsity",
+        type=float,
+        default=0.8,
+        metavar="S",
+        help="share of the kept visual tokens that decoding leaves out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--positions",
+        choices=["contiguous", "original"],
+        default="contiguous",
+        help="number the kept tokens anew, or leave gaps where others were (default: contiguous)",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=["frame", "global"],
+        default="frame",
+        help="prune every picture or tile by itself, or all together (default: frame)",
+    )
     parser.add_argument(
         "--protocol",
         choices=["conversation", "evaluation"],
         help="keep or evict earlier turns (default: evaluation, with --chat conversation)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of an answer, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of the draw of tokens; 0 takes the likeliest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens of this probability together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the draw (default: another one for every answer)"
+    )
     parser.add_argument(
         "--stop-id",
         type=int,
@@ -295,9 +441,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     columns.add_argument(
         "--sparse", action="store_true", help="the sparse model only (for clips too long for dense)"
     )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: as stored"
+        "--device", help="where to compute (default: cuda if there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of weights and arithmetic (default: as stored)",
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help=f"milliseconds by stage as well, medians of {ROUNDS} rounds",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object, of the sparse model unless --dense"

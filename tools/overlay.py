@@ -1,81 +1,209 @@
-"""A picture of what was kept and retrieved."""
+"""A picture of what was kept and of what each question retrieved."""
+
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from checkpoints.processor import View
-from sparsevila import Answer, SparseVILA
+from sparsevila import Answer, SparseVILA, select_tokens
 
-Boxes = list[tuple[int, int, int, int]]
+GAP, LINE, WIDEST = 8, 20, 1700  # pixels
+FONT = ImageFont.load_default(15)
+ONLY, SHARED, ALWAYS = (255, 90, 0), (255, 190, 60), (150, 150, 150)  # colours of outlines
+LEGEND = {
+    "pruned": ((40, 40, 40), 0),
+    "read for this question only": (ONLY, 3),
+    "for some others too": (SHARED, 2),
+    "for every question": (ALWAYS, 1),
+}
+Words = list[tuple[str, str]]  # lines, each with its colour
+
+
+class Panel(NamedTuple):
+    """Words above the views of a session; `outlines` has colour and width of kept tokens."""
+
+    words: Words
+    session: SparseVILA
+    outlines: dict[int, tuple[tuple[int, int, int], int]] = {}
 
 
 def overlay(
-    session: SparseVILA, answers: list[tuple[str, Answer]], dense: list[Answer] | None = None
+    session: SparseVILA,
+    answers: list[tuple[str, Answer]],
+    dense: list[Answer] | None = None,
+    pruned: tuple[SparseVILA, list[Answer]] | None = None,
 ) -> Image.Image:
-    """A panel per question: pruned tokens dimmed, those retrieved for it outlined, the brighter the
-    more layers retrieved them; question and answer above. Tiles of a picture stand together, the
-    whole picture on their right. `answers` are questions about what the session sees, and what
-    `ask` returned; `dense`, if given, what the dense model answered, to be shown as well. Raises:
-    ValueError for no answers or pictures."""
+    """What a session keeps, and a panel for each question with the tokens that it retrieved.
+
+    Pruned tokens are dark. A question's tokens are as many as a layer retrieved (the mean over
+    layers), those that the most layers did; outlined, by whether other questions have them as well.
+    Answers that are not the dense model's are red.
+
+    answers: questions about what the session sees, and what `ask` returned.
+    dense: what the dense model answered. pruned: a session that only prunes, and what it answered.
+
+    Raises: ValueError for no answers or pictures.
+    """
     if not answers or not session.views:
         raise ValueError(f"nothing to show: {len(answers)} answers, {len(session.views)} pictures")
-    # 1. One panel's geometry, the same for all questions.
-    tiled = any(view.rows for view in session.views)
-    edge = 160 if tiled else max(session.views[0].picture.width, 320)
-    places = _places(session.views, edge, top=74 if dense else 52)
-    width = max(x for x, _ in places) + edge + 4
-    height = max(y for _, y in places) + edge + 4
-    whole = Image.new("RGB", ((width + 4) * len(answers), height), "white")
-    font = ImageFont.load_default(16)
-    for panel, (question, answer) in enumerate(answers):
-        left, draw = panel * (width + 4), ImageDraw.Draw(whole)
-        # 2. The words.
-        lines = [question, answer.text]
-        if dense:
-            lines = [question, f"dense: {dense[panel].text}", f"sparse: {answer.text}"]
-        for number, line in enumerate(lines):
-            draw.text((left + 4, 4 + 22 * number), " ".join(line.split()), "black", font)
+    chosen = [_retrieved(session, answer) for _, answer in answers]
+    times = torch.stack(chosen).sum(0)  # (K,): by how many questions each kept token is retrieved
+    right = dense or [answer for _, answer in answers]
 
-        # 3. The share of layers that retrieved each kept token; the kept tokens of every view.
-        votes = torch.zeros(sum(map(len, session.kept)))
-        for chosen in answer.retrieved:
-            votes[chosen.cpu()] += 1 / len(answer.retrieved)
-        votes = votes.split([len(index) for index in session.kept])
+    def told(who: str, number: int, answer: Answer) -> tuple[str, str]:
+        same = answer.text == right[number].text
+        return f"{who}: {answer.text}", "black" if same else "firebrick"
 
-        # 4. The pictures.
-        for view, kept, share, (x, y) in zip(session.views, session.kept, votes, places):
+    # 1. The panels.
+    tokens = session.stats["visual_tokens"]
+    head = f"Pruned once, before any question: {tokens['kept']} of {tokens['encoded']} tokens stay."
+    panels = [Panel([(head, "black")], session)]
+    for number, (question, answer) in enumerate(answers):
+        words = [(question, "navy")]
+        words += [told("dense", number, dense[number])] if dense else []
+        words.append(told("sparse", number, answer))
+        looks = {
+            1: LEGEND["read for this question only"],
+            len(answers): LEGEND["for every question"],
+        }
+        panels.append(
+            Panel(
+                words,
+                session,
+                {
+                    token: looks.get(int(times[token]), LEGEND["for some others too"])
+                    for token in chosen[number].nonzero()[:, 0].tolist()
+                },
+            )
+        )
+    if pruned:
+        kept = pruned[0].stats["visual_tokens"]["kept"]
+        words = [(f"Pruning alone, to the same cost of decoding: {kept} tokens stay.", "black")]
+        words += [told(answers[n][0], n, answer) for n, answer in enumerate(pruned[1])]
+        panels.append(Panel(words, pruned[0]))
+    return _compose(panels, _costs(session, answers, dense), bool(answers[1:]))
+
+
+def _retrieved(session: SparseVILA, answer: Answer) -> Tensor:
+    """(K,) bool: of the kept tokens, as many as a layer retrieved, those that the most layers
+    did."""
+    votes = torch.zeros(session.stats["visual_tokens"]["kept"])
+    for tokens in answer.retrieved:
+        votes[tokens.cpu()] += 1
+    count = round(float(votes.sum()) / len(answer.retrieved))
+    return torch.zeros_like(votes, dtype=torch.bool).index_fill(
+        0, select_tokens(votes, count), True
+    )
+
+
+def _costs(
+    session: SparseVILA, answers: list[tuple[str, Answer]], dense: list[Answer] | None
+) -> str:
+    """What is read for every token of an answer."""
+
+    def cost(name: str, answer: Answer) -> str:
+        tokens = sum(map(len, answer.retrieved)) / len(answer.retrieved)
+        kv_bytes = answer.kv_bytes_per_token
+        return f"{name}: {tokens:.0f} visual tokens, {kv_bytes:,} bytes of keys and values"
+
+    sides = [cost("dense", dense[-1])] if dense else []
+    sides.append(cost("sparse", answers[-1][1]))
+    return "Read for each token of an answer: " + "; ".join(sides) + "."
+
+
+def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
+    """All panels in rows, below them the legend and the costs."""
+    # 1. Places: of the views in a panel, of the panels in the picture.
+    views = panels[0].session.views
+    edge = 160 if any(view.rows for view in views) else max(views[0].picture.width, 320)
+    places = _places(views, edge)
+    width, tall = (max(place[axis] for place in places) + edge for axis in (0, 1))
+    heads = [
+        [(line, colour) for text, colour in panel.words for line in _wrapped(text, width)]
+        for panel in panels
+    ]
+    top = max(map(len, heads)) * LINE + GAP
+    columns = max(1, min(len(panels), WIDEST // (width + GAP)))
+    rows = -(-len(panels) // columns)
+    total = columns * (width + GAP) + GAP
+    foot = _wrapped(costs, total - 2 * GAP)
+    below = GAP + rows * (top + tall + GAP)
+    whole = Image.new("RGB", (total, below + (legend + len(foot)) * LINE + GAP), "white")
+    draw = ImageDraw.Draw(whole)
+
+    # 2. The panels.
+    for number, (head, panel) in enumerate(zip(heads, panels)):
+        row, column = divmod(number, columns)
+        left, upper = GAP + column * (width + GAP), GAP + row * (top + tall + GAP)
+        for line, (text, colour) in enumerate(head):
+            draw.text((left, upper + line * LINE), text, colour, FONT)
+        first = 0
+        for view, kept, (x, y) in zip(views, panel.session.kept, places):
             scale = edge / max(view.picture.size)
             picture = view.picture.resize(tuple(round(scale * side) for side in view.picture.size))
-            boxes = session.processor.token_boxes(view, picture.size)
-            whole.paste(_mark(picture, boxes, kept, share), (left + x, y))
+            boxes = panel.session.processor.token_boxes(view, picture.size)
+            outlines = {
+                int(patch): panel.outlines[first + i]
+                for i, patch in enumerate(kept)
+                if first + i in panel.outlines
+            }
+            first += len(kept)
+            whole.paste(_mark(picture, boxes, kept, outlines), (left + x, upper + top + y))
+
+    # 3. The legend and the costs.
+    left = GAP
+    for label, (colour, line) in LEGEND.items() if legend else []:
+        box = (left, below + 3, left + 12, below + 15)
+        draw.rectangle(box, colour if not line else None, colour, line or 1)
+        draw.text((left + 18, below), label, "black", FONT)
+        left += 18 + int(FONT.getlength(label)) + 3 * GAP
+    for number, line in enumerate(foot, legend):
+        draw.text((GAP, below + number * LINE), line, "black", FONT)
     return whole
 
 
-def _places(views: list[View], edge: int, top: int) -> list[tuple[int, int]]:
-    """The upper left corner of each view below `top`: pictures side by side, tiles in their
-    grid."""
-    places, left = [], 4
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        while FONT.getlength(word) > width:  # a word wider than the line is cut
+            cut = next(n for n in range(len(word), 0, -1) if FONT.getlength(word[:n]) <= width)
+            lines.append(word[:cut])
+            word = word[cut:]
+        longer = f"{lines[-1]} {word}".strip()
+        if FONT.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [line for line in lines if line] or [""]
+
+
+def _places(views: list[View], edge: int) -> list[tuple[int, int]]:
+    """The upper left corner of each view: pictures side by side, tiles in their grid."""
+    places, left = [], 0
     for view in views:
         if view.row:
-            places.append((left + (view.column - 1) * edge, top + (view.row - 1) * edge))
+            places.append((left + (view.column - 1) * edge, (view.row - 1) * edge))
         else:
-            places.append((left + view.columns * edge + (8 if view.columns else 0), top))
+            places.append((left + view.columns * edge + (8 if view.columns else 0), 0))
             left = places[-1][0] + edge + 8
     return places
 
 
-def _mark(picture: Image.Image, boxes: Boxes, kept: Tensor, shares: Tensor) -> Image.Image:
-    """Dim the boxes of tokens that were not kept and outline those of kept ones (K,) with a share
-    (K,) above 0."""
+def _mark(
+    picture: Image.Image,
+    boxes: list[tuple[int, int, int, int]],
+    kept: Tensor,
+    outlines: dict[int, tuple[tuple[int, int, int], int]],
+) -> Image.Image:
+    """Dim the boxes of tokens that were not kept, and outline others."""
     shade = Image.new("L", picture.size, 0)
-    for number, box in enumerate(boxes):
-        ImageDraw.Draw(shade).rectangle(box, 0 if number in set(kept.tolist()) else 175)
+    for number in set(range(len(boxes))) - set(kept.tolist()):
+        ImageDraw.Draw(shade).rectangle(boxes[number], 175)
     picture = Image.composite(Image.new("RGB", picture.size, (40, 40, 40)), picture, shade)
     draw = ImageDraw.Draw(picture)
-    for token, share in zip(kept.tolist(), shares.tolist()):
-        if share:
-            level = round(90 + 165 * share)
-            draw.rectangle(boxes[token], outline="black", width=4)
-            draw.rectangle(boxes[token], outline=(level, level, 0), width=3)
+    for number, (colour, width) in outlines.items():
+        draw.rectangle(boxes[number], outline=colour, width=width)
     return picture

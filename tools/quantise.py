@@ -26,7 +26,7 @@ from checkpoints.values import Folder
 from checkpoints.weights import Names, is_unused, translate, weight_files
 from model import VLM
 from sparsevila import SparseVILA
-from tiny.scenes import KINDS, make_scene, question_and_answer, render, to_images
+from tiny.scenes import kinds_of, make_scene, question_and_answer, render, to_images
 
 from . import command, files_in
 
@@ -83,10 +83,9 @@ def calibration_set(
     pictures, questions = [], []
     for number in range(samples):
         rng = random.Random(f"calibrate {number}")
-        scene = make_scene(rng, 1)
+        scene = make_scene(rng)
         pictures += to_images(render(scene, rng))
-        kind = KINDS[number % 4]  # all but the last, which asks about clips
-        questions.append(question_and_answer(kind, scene, rng)[0])
+        questions.append(question_and_answer(rng.choice(kinds_of(scene)), scene, rng)[0])
     what = (
         f"{samples} pictures of tiny/scenes.py. They suit the tiny model. Other checkpoints see "
         "little of their usual input in them: give --images and --prompts"

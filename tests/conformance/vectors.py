@@ -203,14 +203,14 @@ def stacked(join: Callable, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor
 # allowed error apart.
 CONVERSATIONS = (
     {
-        "pictures": ["tiny/samples/board.png"],
-        "questions": ["what color is the 7?", "where is the 4?"],
+        "pictures": ["tiny/samples/receipt.png"],
+        "questions": ["how much is the coffee?", "what is on line 5?"],
         "prefill_sparsity": 0.75,
         "decode_sparsity": 0.9,
     },
     {
-        "pictures": ["tiny/samples/busy.png", "tiny/samples/board.png"],
-        "questions": ["where is the 4?"],
+        "pictures": ["tiny/samples/timetable.png", "tiny/samples/receipt.png"],
+        "questions": ["what is on line 5?"],
         "prefill_sparsity": 0.6,
         "decode_sparsity": 0.7,
     },

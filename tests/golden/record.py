@@ -156,7 +156,7 @@ def record_llava_like(model: nn.Module, pixels: Tensor, ids: Tensor) -> dict[str
         "pixels": pixels,
         "input_ids": ids,
         "features": features,
-        "attention": tower.attentions[-1],
+        "attention": tower.attentions[-1][:, :, :1].clone(),  # the class token's
         "projected": model.model.multi_modal_projector(features),
         "logits": model(**inputs).logits,
         "tokens": tokens,
@@ -171,12 +171,12 @@ def record_tiny(out: Path) -> dict[str, Tensor]:
     model = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    board = Image.open(folder / "samples" / "board.png").convert("RGB")
+    page = Image.open(folder / "samples" / "receipt.png").convert("RGB")
     image_processor = CLIPImageProcessorPil.from_pretrained(folder)
-    pixels = image_processor(board, return_tensors="pt")["pixel_values"]
+    pixels = image_processor(page, return_tensors="pt")["pixel_values"]
     image = "<image>" * model.config.image_seq_length
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    ids = tokenizer(f"USER: {image}\nwhat color is the 7? ASSISTANT:")["input_ids"]
+    ids = tokenizer(f"USER: {image}\nhow much is the coffee? ASSISTANT:")["input_ids"]
     return record_llava_like(model, pixels, torch.tensor(ids))
 
 
