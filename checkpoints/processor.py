@@ -643,13 +643,15 @@ def read_tokenizer(folder: Folder, reach: int = 2**20) -> Tokenizer:
 
 
 SPARE_IDS = 2**16  # of a tokenizer, beyond those that the model knows
+REPEATED = r"(?:[+*]|\{\d*,\})"
+NESTED = re.compile(rf"\((?:[^()\\]|\\.)*{REPEATED}(?:[^()\\]|\\.)*\){REPEATED}")  # as in (a+)+
 MOST_GROWTH = 64  # of a text, by a tokenizer's normalizers or its decoders
 
 
 def check_tokenizer(file: Path, raw: dict, most: int) -> None:
     """Raise ValueError for the content of a tokenizer.json that the tokenizers library would answer
     with gigabytes of memory or with a panic: ids of `most` or more, two tokens of one id, texts
-    that grow, and merges without the prefix that they need."""
+    that grow, repetitions that are repeated, and merges without the prefix that they need."""
     model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
     ids = dict(model["vocab"]) if isinstance(model.get("vocab"), dict) else {}
     added = raw.get("added_tokens") or []
@@ -672,11 +674,27 @@ def check_tokenizer(file: Path, raw: dict, most: int) -> None:
                 growth *= _growth(step.get("pattern"), len(str(step.get("content"))))
         if growth > MOST_GROWTH:
             raise ValueError(f"{file}: its {kind}s make texts up to {growth:.3g} times as long")
+    for pattern in _regexes(raw):
+        if len(pattern) > 10_000 or NESTED.search(pattern):
+            raise ValueError(f"{file}: the regex {_short(pattern)} may take forever")
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if isinstance(prefix, str) and prefix and isinstance(merges, list):
         pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in merges)
         if not all(isinstance(p, list) and str(p[-1]).startswith(prefix) for p in pairs):
             raise ValueError(f"{file}: a merge lacks continuing_subword_prefix {prefix!r}")
+
+
+def _regexes(raw: Any) -> Iterator[str]:
+    """All regular expressions in a tokenizer.json."""
+    waiting = [raw]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if isinstance(part.get("Regex"), str):
+                yield part["Regex"]
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 def _steps(step: Any, inner: str) -> Iterator[dict]:

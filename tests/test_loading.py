@@ -603,6 +603,17 @@ BAD_TOKENIZERS = {
         lambda t: t.update(decoder={"type": "Sequence", "decoders": [REPLACE] * 11}),
         r"its decoders make texts up to 8.59e\+09 times as long",
     ),
+    "repetitions that are repeated": (
+        lambda t: t.update(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": r"(a+)+\d"}, "behavior": "Isolated"}
+                ],
+            }
+        ),
+        r"the regex '\(a\+\)\+\\\\d' may take forever",
+    ),
     "something for nothing": (
         lambda t: t.update(
             normalizer={

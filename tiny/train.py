@@ -1,19 +1,22 @@
 """Train the tiny VLM of this folder from scratch: `python tiny/train.py`.
 
 Everything that is known of a place on a page has a *code*, a vector of the decoder's width: the 38
-characters, the lines, the places within a word, the letters that a name begins with or holds. All
-codes are orthogonal. Two stages, each step's data made on the fly from (seed, stage, step), so that
-an interrupted run goes on where its last state was saved and ends with the same model:
+characters, the lines, the places within a word, the letters that a name begins with or holds, the
+pages of a clip. All codes are orthogonal. Two stages, each step's data made on the fly from (seed,
+stage, step), so that an interrupted run goes on where its last state was saved and ends with the
+same model:
 
 1. *Tower and projector.* The visual token of a patch becomes the sum of the codes of what it shows:
    its character, its line, its place in its word, and the letters of that line's name, which other
    patches show: as in large towers, a token tells of its surroundings. The class token learns how
    often each character occurs, which makes it look at all ink; SparseVILA's salience reads that.
 2. *Decoder.* The tower is frozen. Embeddings start as sums of codes as well, and attention starts
-   with one look-up: the end of a question looks for what was asked, then for tokens of its codes.
+   with one look-up: the end of a question looks for what was asked, then for tokens of its codes. A
+   patch looks for the number of its page, the highest before it, and what finds nothing for <s>.
    Sixteen questions a page, hidden from each other as in the evaluation protocol; from
    `SIMPLE_STEPS` on also conversations, and clips of two to four pages. Visual tokens have random,
-   ascending positions (Ruoss et al., arXiv 2305.16843), so that place is read from features.
+   ascending positions (Ruoss et al., arXiv 2305.16843) with gaps of any size between them, and most
+   of a head hardly turns with RoPE, so that place is read from features.
    Beside the answer's tokens, the end of a question is asked for more, by heads that are thrown
    away: for the line, and, in every layer but the first, for the set of characters that the
    answer has, by what this layer's attention brought alone. So a question looks at all that its
@@ -416,16 +419,15 @@ def start_attention(model: VLM, codes: dict[str, Tensor]) -> None:
             )
             keys[slow] = match
             keys[-2], keys[-1] = 2 * aim / E**0.5, 1.22 * codes["sink"] / E**0.5
+            if number == 0:  # patches look for pages' numbers, of which the highest draws most
+                keys[slow[0]] = 2 * codes["mark"] / E**0.5
             values.copy_(carry)
             for h in range(g * group, (g + 1) * group):
                 queries = attention.q_proj.weight[h * D : (h + 1) * D]
                 queries[slow] = 1.2 * match + 0.06 * torch.randn(len(slow), E)
                 queries[-2], queries[-1] = 2 * codes["look"] / E**0.5, 1.22 * codes["sink"] / E**0.5
-                if number == 0:  # a patch looks for the last of the pages' numbers before it
-                    keys[slow[0]], queries[slow[0]] = (
-                        2 * codes["mark"] / E**0.5,
-                        2 * codes["ink"] / E**0.5,
-                    )
+                if number == 0:
+                    queries[slow[0]] = 2 * codes["ink"] / E**0.5
                 out = attention.o_proj.weight[:, h * D : (h + 1) * D]
                 out.copy_(carry.T * (1 if number else 2.5))
         block.mlp.down_proj.weight.normal_(std=0.02)
