@@ -800,7 +800,9 @@ def check_sampling(
     if seed is not None and (not isinstance(seed, Integral) or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
     if stop_ids is not None and not (
-        isinstance(stop_ids, Collection) and all(isinstance(i, Integral) for i in stop_ids)
+        isinstance(stop_ids, Collection)
+        and getattr(stop_ids, "ndim", 1) == 1
+        and all(isinstance(i, Integral) for i in stop_ids)
     ):
         raise ValueError(f"stop_ids must be token ids, got {stop_ids!r}")
 

@@ -628,18 +628,26 @@ def read_tokenizer(folder: Folder, reach: int = 2**20) -> Tokenizer:
     for part in parts:
         if (part / "tokenizer.json").is_file():
             build, file = Tokenizer.from_file, part / "tokenizer.json"
-            check_tokenizer(file, values.read_json(file), reach + SPARE_IDS)
+            raw = values.read_json(file)
+            check_tokenizer(file, raw, reach + SPARE_IDS)
             break
         if (part / "vocab.json").is_file() and (part / "merges.txt").is_file():
             build, file = _qwen2_tokenizer, part / "vocab.json"
-            check_tokenizer(file, {"model": {"vocab": values.read_json(file)}}, reach + SPARE_IDS)
+            raw = {"model": {"vocab": values.read_json(file)}}
+            check_tokenizer(file, raw, reach + SPARE_IDS)
             break
     else:
         found = [str(p.relative_to(folder.path)) for part in parts for p in part.glob("*.model")]
         hint = f" (only {found[0]}, which transformers can convert)" if found else ""
         raise FileNotFoundError(f"no tokenizer.json in {folder.path}{hint}")
     with _tokenizing(f"{file} is damaged"):
-        return build(str(file))
+        tokenizer = build(str(file))
+    for token in raw.get("added_tokens") or []:  # a gap, or the vocabulary has it elsewhere
+        if (number := tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise ValueError(
+                f"{file}: {token['content']!r} is {token['id']} there, becomes {number}"
+            )
+    return tokenizer
 
 
 SPARE_IDS = 2**16  # of a tokenizer, beyond those that the model knows
@@ -677,6 +685,8 @@ def check_tokenizer(file: Path, raw: dict, most: int) -> None:
     for pattern in _regexes(raw):
         if len(pattern) > 10_000 or NESTED.search(pattern):
             raise ValueError(f"{file}: the regex {_short(pattern)} may take forever")
+    if model.get("dropout"):
+        raise ValueError(f"{file}: dropout {model['dropout']} would cut the same text differently")
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if isinstance(prefix, str) and prefix and isinstance(merges, list):
         pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in merges)

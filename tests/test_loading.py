@@ -603,6 +603,15 @@ BAD_TOKENIZERS = {
         lambda t: t.update(decoder={"type": "Sequence", "decoders": [REPLACE] * 11}),
         r"its decoders make texts up to 8.59e\+09 times as long",
     ),
+    "a gap before an added token": (
+        lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"content": "<gap>", "id": 900}),
+        "'<gap>' is 900 there, becomes",
+    ),
+    "an id of the vocabulary's own": (
+        lambda t: t["model"]["vocab"].update({"</s>": max(t["model"]["vocab"].values()) + 1}),
+        "'</s>' is 2 there, becomes",
+    ),
+    "words cut at random": (lambda t: t["model"].update(dropout=0.5), "dropout 0.5 would cut"),
     "repetitions that are repeated": (
         lambda t: t.update(
             pre_tokenizer={

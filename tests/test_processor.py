@@ -40,18 +40,18 @@ def processor(tiny):
 
 def test_pixels_are_resized_cut_and_normalised_as_clip_does(processor):
     """By hand for a picture whose resize is a plain doubling of one colour per half."""
-    image = Image.new("RGB", (320, 160), RED)
-    image.paste((10, 20, 250), (160, 0, 320, 160))
+    image = Image.new("RGB", (480, 240), RED)
+    image.paste((10, 20, 250), (240, 0, 480, 240))
     pixels = processor.pixels([image])
-    assert pixels.shape == (1, 3, 160, 160)
-    for side, color in ((10, RED), (150, (10, 20, 250))):
+    assert pixels.shape == (1, 3, 240, 240)
+    for side, color in ((10, RED), (230, (10, 20, 250))):
         expected = [(c / 255 - m) / s for c, m, s in zip(color, CLIP_MEAN, CLIP_STD)]
-        assert torch.allclose(pixels[0, :, 80, side], torch.tensor(expected), rtol=1e-5)
+        assert torch.allclose(pixels[0, :, 120, side], torch.tensor(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (160, 160), (161, 160), (7, 500), (3000, 2000), (500, 7)])
+@pytest.mark.parametrize("size", [(1, 1), (240, 240), (241, 240), (7, 500), (3000, 2000), (500, 7)])
 def test_pictures_of_any_shape_become_squares(processor, size):
-    assert processor.pixels([Image.new("RGB", size, RED)]).shape == (1, 3, 160, 160)
+    assert processor.pixels([Image.new("RGB", size, RED)]).shape == (1, 3, 240, 240)
 
 
 def as_palette(image):
@@ -371,7 +371,7 @@ def test_a_picture_too_narrow_to_pad_is_refused(family, monkeypatch):
 
 def test_a_picture_too_narrow_to_resize_is_refused(processor):
     with pytest.raises(
-        ValueError, match="1 x 9000 is too narrow: it would be resized to 160 x 1440"
+        ValueError, match="1 x 9000 is too narrow: it would be resized to 240 x 2160000"
     ):
         processor.pixels([Image.new("RGB", (1, 9000))])
 
@@ -382,7 +382,7 @@ def test_the_context_holds_as_many_placeholders_as_tokens(processor):
     assert one.count(image) == 3 and two.count(image) == 3
     assert one[0] == two[0] == processor.tokenizer.token_to_id("<s>")
     assert processor.tokenizer.decode(one) == "user: "
-    assert processor.tokenizer.decode(two) == "user: frame 1: \nframe 2: \nframe 3: "
+    assert processor.tokenizer.decode(two) == "user: page 1: \npage 2: \npage 3: "
 
 
 SPECIAL = ["<image>", "</s>", "<s>", "<pad>", "<unk>"]
@@ -478,9 +478,9 @@ def test_odd_picture_settings_are_refused(changes, message):
 def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         text = (TINY / name).read_text()
-        text = re.sub('"(height|width)": 160', r'"\1": 128', text)
+        text = re.sub('"(height|width)": 240', r'"\1": 128', text)
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="crop_size must be the tower's image_size 160, got 128"):
+    with pytest.raises(ValueError, match="crop_size must be the tower's image_size 240, got 128"):
         load_processor(tmp_path)
 
 
