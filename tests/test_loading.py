@@ -584,7 +584,7 @@ def grow(tokenizer):
 
 def slow_split(tokenizer):
     tokenizer["pre_tokenizer"] = {
-        "type": "Split", "pattern": {"Regex": r"(a+)+\d"}, "behavior": "Isolated", "invert": False,
+        "type": "Split", "pattern": {"Regex": r"(a|a)+\d"}, "behavior": "Isolated", "invert": False,
     }  # fmt: skip
 
 
