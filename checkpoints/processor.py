@@ -629,17 +629,16 @@ def read_tokenizer(folder: Folder, reach: int = 2**20) -> Tokenizer:
         if (part / "tokenizer.json").is_file():
             build, file = Tokenizer.from_file, part / "tokenizer.json"
             raw = values.read_json(file)
-            check_tokenizer(file, raw, reach + SPARE_IDS)
             break
         if (part / "vocab.json").is_file() and (part / "merges.txt").is_file():
             build, file = _qwen2_tokenizer, part / "vocab.json"
             raw = {"model": {"vocab": values.read_json(file)}}
-            check_tokenizer(file, raw, reach + SPARE_IDS)
             break
     else:
         found = [str(p.relative_to(folder.path)) for part in parts for p in part.glob("*.model")]
         hint = f" (only {found[0]}, which transformers can convert)" if found else ""
         raise FileNotFoundError(f"no tokenizer.json in {folder.path}{hint}")
+    check_tokenizer(file, raw, reach + SPARE_IDS)
     with _tokenizing(f"{file} is damaged"):
         tokenizer = build(str(file))
     for token in raw.get("added_tokens") or []:  # a gap, or the vocabulary has it elsewhere
@@ -677,12 +676,12 @@ def check_tokenizer(file: Path, raw: dict, most: int) -> None:
         token_of[number] = token
     for kind in ("normalizer", "decoder"):
         growth = 1.0
-        for step in _steps(raw.get(kind), f"{kind}s"):
+        for step in _objects(raw.get(kind)):
             if step.get("type") == "Replace":
                 growth *= _growth(step.get("pattern"), len(str(step.get("content"))))
         if growth > MOST_GROWTH:
             raise ValueError(f"{file}: its {kind}s make texts up to {growth:.3g} times as long")
-    for pattern in _regexes(raw):
+    for pattern in (part["Regex"] for part in _objects(raw) if isinstance(part.get("Regex"), str)):
         if len(pattern) > 10_000 or NESTED.search(pattern):
             raise ValueError(f"{file}: the regex {_short(pattern)} may take forever")
     if model.get("dropout"):
@@ -694,27 +693,16 @@ def check_tokenizer(file: Path, raw: dict, most: int) -> None:
             raise ValueError(f"{file}: a merge lacks continuing_subword_prefix {prefix!r}")
 
 
-def _regexes(raw: Any) -> Iterator[str]:
-    """All regular expressions in a tokenizer.json."""
+def _objects(raw: Any) -> Iterator[dict]:
+    """All objects of a JSON value, however nested."""
     waiting = [raw]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):
-            if isinstance(part.get("Regex"), str):
-                yield part["Regex"]
+            yield part
             waiting += part.values()
         elif isinstance(part, list):
             waiting += part
-
-
-def _steps(step: Any, inner: str) -> Iterator[dict]:
-    """The normalizers or decoders of a sequence, however nested."""
-    waiting = [step]
-    while waiting:
-        step = waiting.pop()
-        if isinstance(step, dict):
-            yield step
-            waiting += step[inner] if isinstance(step.get(inner), list) else []
 
 
 def _growth(pattern: Any, content: int) -> float:

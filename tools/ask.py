@@ -160,8 +160,8 @@ def tell(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """A piece of an answer, at once and on one line."""
-    print(text.replace("\n", " "), end="", flush=True)
+    """A piece of text, at once."""
+    print(text, end="", flush=True)
 
 
 def see_all(sessions: dict[str, SparseVILA], images: list | Clip) -> None:
@@ -180,19 +180,15 @@ def ask_all(
 ) -> dict[str, list[Answer]]:
     """The answers of every session; printed as they come, unless quiet."""
     answers: dict[str, list[Answer]] = {name: [] for name in sessions}
+    show = (lambda text: None) if quiet else write
     for question in questions:
-        if not quiet:
-            print(question)
+        show(f"{question}\n")
         for name, session in sessions.items():
-            if not quiet:
-                print(f"  {name:8}", end="", flush=True)
-            answers[name].append(
-                session.ask(question, on_text=None if quiet else write, **sampling)
-            )
-            if not quiet:
-                print()
-        if not quiet:
-            print()
+            show(f"  {name:8}")
+            answer = session.ask(question, on_text=lambda t: show(t.replace("\n", " ")), **sampling)
+            answers[name].append(answer)
+            show("\n")
+        show("\n")
     return answers
 
 
@@ -235,7 +231,7 @@ def chat(session: SparseVILA, sampling: dict) -> None:
             print(f"{answers} answers; the last read {statistics.mean(read):.4g} visual tokens")
             return
         try:
-            session.ask(question, on_text=lambda text: print(text, end="", flush=True), **sampling)
+            session.ask(question, on_text=write, **sampling)
             answers += 1
         except KeyboardInterrupt:
             print(" [interrupted, forgotten]", end="")

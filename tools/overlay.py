@@ -19,14 +19,15 @@ LEGEND = {
     "for every question": (ALWAYS, 1),
 }
 Words = list[tuple[str, str]]  # lines, each with its colour
+Outline = tuple[tuple[int, int, int], int]  # colour and width
 
 
 class Panel(NamedTuple):
-    """Words above the views of a session; `outlines` has colour and width of kept tokens."""
+    """Words above the views of a session; `outlines` of its kept tokens, in order."""
 
     words: Words
     session: SparseVILA
-    outlines: dict[int, tuple[tuple[int, int, int], int]] = {}
+    outlines: list[Outline | None] = []
 
 
 def overlay(
@@ -68,16 +69,11 @@ def overlay(
             1: LEGEND["read for this question only"],
             len(answers): LEGEND["for every question"],
         }
-        panels.append(
-            Panel(
-                words,
-                session,
-                {
-                    token: looks.get(int(times[token]), LEGEND["for some others too"])
-                    for token in chosen[number].nonzero()[:, 0].tolist()
-                },
-            )
-        )
+        outlines = [
+            looks.get(count, LEGEND["for some others too"]) if mine else None
+            for mine, count in zip(chosen[number].tolist(), times.tolist())
+        ]
+        panels.append(Panel(words, session, outlines))
     if pruned:
         kept = pruned[0].stats["visual_tokens"]["kept"]
         words = [(f"Pruning alone, to the same cost of decoding: {kept} tokens stay.", "black")]
@@ -144,11 +140,7 @@ def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
             scale = edge / max(view.picture.size)
             picture = view.picture.resize(tuple(round(scale * side) for side in view.picture.size))
             boxes = panel.session.processor.token_boxes(view, picture.size)
-            outlines = {
-                int(patch): panel.outlines[first + i]
-                for i, patch in enumerate(kept)
-                if first + i in panel.outlines
-            }
+            outlines = panel.outlines[first : first + len(kept)]
             first += len(kept)
             whole.paste(_mark(picture, boxes, kept, outlines), (left + x, upper + top + y))
 
@@ -187,8 +179,8 @@ def _places(views: list[View], edge: int) -> list[tuple[int, int]]:
         if view.row:
             places.append((left + (view.column - 1) * edge, (view.row - 1) * edge))
         else:
-            places.append((left + view.columns * edge + (8 if view.columns else 0), 0))
-            left = places[-1][0] + edge + 8
+            places.append((left + view.columns * edge + (GAP if view.columns else 0), 0))
+            left = places[-1][0] + edge + GAP
     return places
 
 
@@ -196,14 +188,15 @@ def _mark(
     picture: Image.Image,
     boxes: list[tuple[int, int, int, int]],
     kept: Tensor,
-    outlines: dict[int, tuple[tuple[int, int, int], int]],
+    outlines: list[Outline | None],
 ) -> Image.Image:
-    """Dim the boxes of tokens that were not kept, and outline others."""
+    """Dim the boxes of tokens that were not kept, and outline those of kept ones."""
     shade = Image.new("L", picture.size, 0)
     for number in set(range(len(boxes))) - set(kept.tolist()):
         ImageDraw.Draw(shade).rectangle(boxes[number], 175)
     picture = Image.composite(Image.new("RGB", picture.size, (40, 40, 40)), picture, shade)
     draw = ImageDraw.Draw(picture)
-    for number, (colour, width) in outlines.items():
-        draw.rectangle(boxes[number], outline=colour, width=width)
+    for number, outline in zip(kept.tolist(), outlines):
+        if outline:
+            draw.rectangle(boxes[number], outline=outline[0], width=outline[1])
     return picture
