@@ -61,15 +61,11 @@ def prune(
     Raises: ValueError for other shapes, scopes or sparsities, and for NaN in the salience.
     Source: Algorithm 2; the paper leaves the scope open, "frame" is our choice.
     """
-    if len(features) != len(salience) or any(
+    if not 0 < len(features) == len(salience) or any(
         x.dim() != 2 or s.shape != x.shape[:1] for x, s in zip(features, salience)
     ):
-        shapes = ([tuple(part.shape) for part in parts] for parts in (features, salience))
-        raise ValueError(
-            "each view must have features (n, width) and salience (n,), got {} and {}".format(
-                *shapes
-            )
-        )
+        found = " and ".join(str([tuple(x.shape) for x in xs]) for xs in (features, salience))
+        raise ValueError(f"each view must have features (n, width) and salience (n,), got {found}")
     if scope == "frame":
         index = [select_tokens(s, keep_count(len(s), sparsity)) for s in salience]
     elif scope == "global":
@@ -525,8 +521,10 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
     index (our choice).
 
     scores (..., n) float -> (..., keep) int64. The choice at a smaller keep is a subset of that at
-    a larger one. Raises: ValueError for NaN and for keep outside [0, n].
+    a larger one. Raises: ValueError for a scalar, for NaN and for keep outside [0, n].
     """
+    if scores.dim() == 0:
+        raise ValueError(f"scores must be (..., n), got {scores}")
     if not isinstance(keep, Integral) or not 0 <= keep <= scores.shape[-1]:
         raise ValueError(f"keep must be an integer in [0, {scores.shape[-1]}], got {keep!r}")
     if scores.isnan().any():
@@ -546,8 +544,7 @@ def keep_count(n: int, sparsity: float) -> int:
     if not isinstance(n, Integral) or n < 0:
         raise ValueError(f"n must be an integer of at least 0, got {n!r}")
     check_sparsity("sparsity", sparsity)
-    fraction = Fraction(str(+sparsity)).limit_denominator(10**9)  # str: numpy's 0.9, too
-    dropped = int(fraction * n)
+    dropped = int(Fraction(str(+sparsity)).limit_denominator(10**9) * n)  # str: numpy's 0.9, too
     return max(n - dropped, min(n, 1))  # a sparsity within 1e-9 of 1 was rounded to 1
 
 

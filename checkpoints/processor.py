@@ -61,7 +61,7 @@ class Processor:
     """Pictures to pixels and text to token ids; the families' own are subclasses.
 
     Text from users is encoded by a tokenizer that knows no special tokens: "<image>" or "</s>" in a
-    question is text, never a command.
+    question is text, never a command. Added tokens that are not special stay what they are.
 
     A template is a conversation of two turns: {image} stands for all pictures, {question} for a
     question, {answer} for the generated text without its stop token. Special tokens are written as
@@ -96,11 +96,12 @@ class Processor:
     ):
         # 1. Text: the tokenizer, the prompt, and the special tokens that the prompt needs.
         self.config, self.image_token_id = config, config.image_token_id
-        self._read_tokenizer(tokenizer)
-        self.set_template(self.template if template is None else template)
+        template = self.template if template is None else template
+        of_prompt = re.findall(r"<[^<>\s]+>", f"{self.template}{template}")
+        self._read_tokenizer(tokenizer, {*self.picture_tokens, *of_prompt})
+        self.set_template(template)
         # (A template of the user's own may write other tokens.)
-        of_prompt = [] if template else re.findall(r"<[^<>\s]+>", self.template)
-        for token in self.picture_tokens + of_prompt:
+        for token in self.picture_tokens + (of_prompt if template is self.template else []):
             if token not in self._added:
                 raise ValueError(
                     f"the tokenizer has no special token {token!r}, which the family's prompt needs"
@@ -217,7 +218,7 @@ class Processor:
         before, *after = (self._start + self._text(views)).split("{image}")
         ids = self._encode(before, start=True)
         begin = [i for i in self._begin_ids if i not in {*self.config.stop_ids, *self.stop_ids}]
-        ids = ids if ids[: len(begin)] == begin else begin + ids  # the template may have its own
+        ids = ids if {*begin} <= {*ids} else begin + ids  # the template may have its own
         for count, text in zip(counts, [*after[:-1], ""], strict=True):
             ids += [self.image_token_id] * count + list(self.end_of_view) + self._encode(text)
         return ids
@@ -248,8 +249,9 @@ class Processor:
         frames = [self.frame.replace("{n}", str(n + 1)) for n in range(len(views))]
         return "\n".join(frames)
 
-    def _read_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Keep the tokenizer, and copies of it that take special tokens for text."""
+    def _read_tokenizer(self, tokenizer: Tokenizer, of_prompt: set[str]) -> None:
+        """Keep the tokenizer, and copies of it that take special tokens, the image token and those
+        of the prompt for text."""
         tokenizer.no_truncation()  # a checkpoint may carry its training's settings
         tokenizer.no_padding()
         self.tokenizer = tokenizer
@@ -259,13 +261,23 @@ class Processor:
             raise ValueError(
                 f"the image token must be a special one, got {self.image_token_id}: {image!r}"
             )
-        longest_first = sorted(filter(None, self._added), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         content = json.loads(tokenizer.to_str())
-        plain = json.dumps(content | {"added_tokens": [], "post_processor": None})
+        for token in content["added_tokens"]:  # others are words, such as runs of spaces
+            token["special"] |= token["content"] in {image, *of_prompt}
+        special = [token for token in content["added_tokens"] if token["special"]]
+        special.sort(key=lambda token: -len(token["content"]))  # the longest first
+        patterns = (
+            rf"(?<!\w){text}(?!\w)" if token["single_word"] else text
+            for token in special
+            if (text := re.escape(token["content"]))
+        )
+        self._special = re.compile("|".join(patterns) or r"(?!)")
+        plain = json.dumps(content | {"post_processor": None})
         inside = re.sub(r'("prepend_scheme": )"first"', r'\1"never"', plain)
         with _tokenizing("the tokenizer is damaged"):  # some mark the start of a text by a space
             self._plain_at_start, self._plain = map(Tokenizer.from_str, (plain, inside))
+            self._plain_at_start.encode_special_tokens = True  # as text
+            self._plain.encode_special_tokens = True
             text, marked = (tokenizer.encode("a", add_special_tokens=s).ids for s in (False, True))
         # What the tokenizer puts before any text: begin of text, where the family has it.
         starts = (n for n in range(len(marked)) if marked[n : n + len(text)] == text)

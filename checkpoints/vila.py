@@ -40,7 +40,8 @@ PROJECTORS = {  # patches along each side of the block that becomes one visual t
 
 
 def read(path: Path, raw: dict) -> Folder:
-    """The folder with the parts' configurations where other families write them."""
+    """The folder with the parts' configurations where other families write them. As in VILA's code
+    they are what counts: sections of the root's config.json that repeat them are not read."""
     if not (path / "llm").is_dir():
         return Folder(path, raw)
     llm, tower, projector = (values.read_json(path / part / "config.json") for part in PARTS)

@@ -1,5 +1,6 @@
 """Pictures of every kind to pixels, text to tokens."""
 
+import json
 import math
 import os
 import random
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from checkpoints import load_processor
 from checkpoints.llava import Processor
@@ -399,6 +400,34 @@ def test_special_tokens_in_a_question_are_text(processor, special, first):
     assert question in processor.decode(ids)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_tokens_of_the_prompt_are_text_in_a_question_whatever_the_file_calls_them(first):
+    tokenizer = llama_tokenizer()
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    ids = Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG).question(
+        "what <image></s>?", first=first
+    )
+    added = tokenizer.token_to_id("<image>"), tokenizer.token_to_id("</s>")
+    assert [i for i in ids if i in added] == ([] if first else [added[1]])
+
+
+@pytest.mark.parametrize("text", ["hi   why", "hi  why", "what hat, hat", "that hats", "hat   hat"])
+def test_added_words_stay_tokens_in_a_question(text):
+    """Such as runs of spaces; against the tokenizers library, which encodes the prompt at once."""
+    tokenizer = llama_tokenizer()
+    tokenizer.add_tokens(["   ", AddedToken("hat", single_word=True)])
+    processor = Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG)
+    whole = tokenizer.encode(f"</s>USER: {text} ASSISTANT:", add_special_tokens=False).ids
+    assert processor.question(text, first=False) == whole
+    template = f"{{image}}{text}\n{{question}}{{answer}}</s>{text}{{question}} {text}"
+    processor.set_template(template)
+    whole = tokenizer.encode(f"</s>{text}why {text}", add_special_tokens=False).ids
+    assert processor.question("why", first=False) == whole
+
+
 def test_braces_in_a_question_are_text(processor):
     assert "{image} {question} {n}" in processor.decode(
         processor.question("{image} {question} {n}", first=True)
@@ -485,7 +514,7 @@ def test_the_processor_makes_pictures_of_the_towers_size(tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [("", ""), ("<s>", ""), ("<s>", "</s>"), ("", "</s>")])
-@pytest.mark.parametrize("written", ["", "<s>"])
+@pytest.mark.parametrize("written", ["", "<s>", " <s>"])
 def test_a_prompt_begins_with_one_begin_token_and_no_stop_token(before, after, written):
     """Whatever the tokenizer adds around a text, and whether or not the template writes <s>."""
     tokenizer = llama_tokenizer()
@@ -494,9 +523,8 @@ def test_a_prompt_begins_with_one_begin_token_and_no_stop_token(before, after, w
     )
     template = written + "U{image}\n{question} A{answer}</s>U{question} A"
     processor = Processor(tokenizer, config_of(tokenizer), IMAGE_CONFIG, template)
-    begin = [1] if before or written else []
-    text = tokenizer.encode("U", add_special_tokens=False).ids
-    assert processor.context([0]) == begin + text
+    text = tokenizer.encode(written + "U", add_special_tokens=False).ids
+    assert processor.context([0]) == ([1] if before and not written else []) + text
 
 
 def test_a_stop_token_never_begins_a_prompt():

@@ -86,6 +86,8 @@ def test_select_tokens_refuses():
     for keep in (-1, 3, 1.5, None):
         with pytest.raises(ValueError, match=rf"keep must be an integer in \[0, 2\], got {keep}"):
             select_tokens(torch.zeros(2), keep)
+    with pytest.raises(ValueError, match=r"scores must be \(..., n\), got 0.5"):
+        select_tokens(torch.tensor(0.5), 1)
 
 
 @given(st.integers(1, 4), st.integers(1, 12), sparsities, st.integers(0, 99))
@@ -152,3 +154,6 @@ def test_prune_refuses():
         prune(features, salience / 0 * 0, 0.5)
     with pytest.raises(ValueError, match="sparsity"):
         prune(features, salience, 1.0)
+    for scope in ("frame", "global"):
+        with pytest.raises(ValueError, match=r"got \[\] and \[\]"):
+            prune([], [], 0.5, scope=scope)
