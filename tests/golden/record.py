@@ -69,6 +69,33 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+# Our prompts as chat templates, for examples/transformers_vlm.py.
+LLAVA_CHAT = r"""{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{%- set pictures = message.content | selectattr('type', 'equalto', 'image') | list -%}
+{{ 'USER: ' }}
+{%- for picture in pictures -%}
+{{ '<image>\n' }}
+{%- endfor -%}
+{{ message.content[-1].text ~ ' ASSISTANT:' }}
+{%- else -%}
+{{ message.content[-1].text ~ '</s>' }}
+{%- endif -%}
+{%- endfor -%}
+"""
+SMOLVLM_CHAT = r"""{%- for message in messages -%}
+{%- set pictures = message.content | selectattr('type', 'equalto', 'image') | list -%}
+{%- if message.role == 'user' -%}
+{{ ('<|im_start|>User:' if loop.first else 'User: ') ~ '<image>' * (pictures | length) }}
+{%- endif -%}
+{{ message.content[-1].text ~ '<end_of_utterance>\n' }}
+{%- if message.role == 'user' -%}
+{{ 'Assistant:' }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
 def write_json(file: Path, content: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
@@ -206,6 +233,12 @@ def record_llava(out: Path) -> dict[str, Tensor]:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"eos_token_id": 2})
     write_json(folder / "preprocessor_config.json", images)
+    rule = {
+        "processor_class": "LlavaProcessor", "patch_size": 8, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default", "image_token": "<image>",
+    }  # fmt: skip
+    write_json(folder / "processor_config.json", rule)
+    (folder / "chat_template.jinja").write_text(LLAVA_CHAT)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {
         "model.vision_tower.vision_model.": "vision_tower.vision_model.",
@@ -280,6 +313,9 @@ def record_smolvlm(out: Path, version: int = 1) -> dict[str, Tensor]:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"eos_token_id": end})
     write_json(folder / "preprocessor_config.json", images | (video if version == 2 else {}))
+    rule = {"processor_class": "Idefics3Processor", "image_seq_len": 4}
+    write_json(folder / "processor_config.json", rule)
+    (folder / "chat_template.jinja").write_text(SMOLVLM_CHAT)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_weights(folder / "model.safetensors", renamed(model, {}))
 
