@@ -9,9 +9,10 @@
     python -m bench load                      memory and time of loading 10^9 weights
     python -m bench make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
     python -m bench versus FOLDER             our dense decoding beside Hugging Face transformers'
+    python -m bench adapter                   its own generate beside examples/transformers_vlm.py
 
-`versus` and `speed --versus transformers` need transformers installed, `--figure` matplotlib. To
-see the stages of a model, dense and sparse, give its folder to `python sparsevila.py --model`.
+`versus`, `adapter` and `speed --versus transformers` need transformers installed, `--figure`
+matplotlib. To see the stages of a model, give its folder to `python sparsevila.py --model`.
 """
 
 import argparse

@@ -1,0 +1,365 @@
+"""SparseVILA for vision-language models of Hugging Face transformers: one file to copy.
+
+    python examples/transformers_vlm.py MODEL --image photo.jpg --ask "What is this?"
+
+No model is changed. An attention function listens: in the tower's last layer to how much attention
+every patch receives, by which `see` prunes (Algorithm 2); in the decoder to how much of it a
+question gives every visual token. A cache layer packs the best of them, and the answer is decoded
+from those (Algorithm 3). Written for transformers 5.24; pictures, batch 1. See README.md here.
+"""
+
+import argparse
+import math
+import re
+import sys
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.image_utils import load_image
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.vision_utils import get_vision_window_index
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where kernels.py is
+try:
+    from kernels import attention_colsum  # in Triton, on a GPU
+except ImportError:  # its definition, head by head
+
+    def attention_colsum(q: Tensor, k: Tensor, *, causal: bool = False, scale=None) -> Tensor:
+        """What keys (B, G, N, D) receive from all rows (B, H, M, D), the last M of N if causal."""
+        (_, H, M, D), (_, G, N, _) = q.shape, k.shape
+        hidden = torch.ones(M, N, dtype=torch.bool, device=q.device).triu(N - M + 1) & causal
+        pairs = ((q[:, h].float(), k[:, h * G // H].float()) for h in range(H))
+        scores = ((x @ y.mT * (scale or D**-0.5)).masked_fill(hidden, -math.inf) for x, y in pairs)
+        return torch.stack([s.softmax(-1).sum(1) for s in scores], 1)  # (B, H, N)
+
+
+class RetrievalLayer(DynamicLayer):
+    """Keys and values of a decoder layer, and `packed`: those that an answer is decoded from.
+
+    visual: the rows (V,) of visual tokens. window: a sliding one, such layers retrieve nothing.
+    ranks: over how many processes the heads are split.
+    """
+
+    def __init__(self, visual: Tensor, sparsity: float, window: bool, ranks: int):
+        super().__init__()
+        self.visual, self.sparsity, self.is_sliding, self.ranks = visual, sparsity, window, ranks
+        self.asked, self.packed, self.retrieved = False, None, None
+
+    def update(self, key: Tensor, value: Tensor, *args, **kwargs):
+        """Append rows. What is returned becomes `key` and `value` of the attention function."""
+        if self.packed:
+            self.packed = [torch.cat(pair, 2) for pair in zip(self.packed, (key, value))]
+            return self.packed
+        keys, values = super().update(key, value)
+        keys = keys.view_as(keys)
+        keys.layer = self if self.asked else None  # that function is given no cache
+        return keys, values
+
+    def retrieve(self, query: Tensor, scale: float) -> None:
+        """Once a question is cached, whose rows are query (1, H, M, D): score, select, pack."""
+        relevance = attention_colsum(query, self.keys, causal=True, scale=scale)[0].sum(0)
+        if self.ranks > 1:  # a sum over all heads
+            torch.distributed.all_reduce(relevance)
+        visual, wanted = self.visual.to(relevance.device), torch.ones_like(relevance).bool()
+        self.retrieved = select(relevance[visual], self.sparsity)
+        wanted[visual] = False
+        wanted[visual[self.retrieved]] = True
+        self.packed = [x[:, :, wanted] for x in (self.keys, self.values)]
+        self.answer_begins = self.packed[0].shape[2]
+
+    def get_seq_length(self) -> int:
+        """Rows so far, for positions."""
+        answer = self.packed[0].shape[2] - self.answer_begins if self.packed else 0
+        return super().get_seq_length() + answer
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows that `update` will return, for the mask."""
+        rows = self.packed[0].shape[2] if self.packed else super().get_seq_length()
+        return rows + query_length, 0
+
+    def truncate(self, length: int, asked: bool = False) -> None:
+        """Keep the first rows, and read all of them from now on. asked: a question comes next."""
+        if self.packed:  # the answer is nowhere else
+            answer, self.packed = [x[:, :, self.answer_begins :] for x in self.packed], None
+            super().update(*answer)
+        if self.is_initialized:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.asked = asked and not self.is_sliding
+
+
+def attention(module, query, key, *args, scaling=None, **kwargs):
+    """Dense attention, overheard."""
+    if hasattr(module, "received"):  # the tower's last layer: (views, patches), or a part of them
+        rows = query[:, :, : module.summary or None]
+        received = attention_colsum(rows, key, scale=scaling).mean(1) / rows.shape[2]
+        module.received.append(received[:, module.summary :])
+    elif getattr(key, "layer", None):
+        key.layer.retrieve(query, scaling)
+    return sdpa_attention_forward(module, query, key, *args, scaling=scaling, **kwargs)
+
+
+hf.AttentionInterface.register("sparsevila", attention)
+hf.AttentionMaskInterface.register("sparsevila", sdpa_mask)  # without it there is none, silently
+
+
+def select(scores: Tensor, sparsity: float) -> Tensor:
+    """Ascending indices of the best n - floor(sparsity n) of n finite scores, ties to the lower
+    one, and of all infinite ones."""
+    keep = len(scores) - int(Fraction(str(sparsity)) * int(scores.isfinite().sum()))
+    return scores.sort(descending=True, stable=True).indices[:keep].sort().values
+
+
+def contiguous(positions: Tensor, visual: Tensor) -> Tensor:
+    """Positions (axes, T) without gaps: runs of text and of visual tokens follow each other, and
+    within a run every axis keeps its order. visual (T,) bool: which tokens are."""
+    pieces, begin = [], 0
+    lengths = torch.unique_consecutive(visual, return_counts=True)[1].tolist()
+    for run in positions.split(lengths, 1):
+        pieces.append(begin + torch.stack([row.unique(return_inverse=True)[1] for row in run]))
+        begin = int(pieces[-1].max()) + 1
+    return torch.cat(pieces, 1)
+
+
+class Answer(NamedTuple):
+    text: str
+    token_ids: list[int]
+    retrieved: list[Tensor | None]  # per layer (K,): which of the kept tokens; None with a window
+
+
+class SparseVILA:
+    """A session: `see` pictures, then `ask` any number of questions.
+
+    prefill_sparsity: share of the visual tokens to prune. decode_sparsity: share of the kept ones
+    that decoding leaves out. positions of the kept: "contiguous" or "original". protocol:
+    "conversation" keeps earlier turns, "evaluation" evicts each. template: text with {image},
+    {question}, {answer} and {question} in place of the processor's chat template.
+    """
+
+    def __init__(self, model, processor, *, prefill_sparsity: float = 0.75,
+                 decode_sparsity: float = 0.8, positions: str = "contiguous",
+                 protocol: str = "conversation", template: str | None = None):  # fmt: skip
+        text = model.config.get_text_config()
+        layers = [type(layer).__name__ for layer in DynamicCache(config=text).layers]
+        odd = {*layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+        if odd or "DynamicLayer" not in layers or len(layers) < text.num_hidden_layers:
+            raise ValueError(
+                f"{text.num_hidden_layers} decoder layers must cache keys and values of their own, "
+                f"at least one without a window, got {len(layers)}, {', '.join(sorted({*layers}))}"
+            )
+        for name, value in ("prefill", prefill_sparsity), ("decode", decode_sparsity):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}_sparsity must be in [0, 1), got {value!r}")
+        self.model, self.processor, self.template = model, processor, template
+        self.prefill_sparsity, self.decode_sparsity = prefill_sparsity, decode_sparsity
+        self.positions, self.protocol, self.cache, self.turns = positions, protocol, None, []
+        self.windows = [layer != "DynamicLayer" for layer in layers]
+        model.set_attn_implementation("sparsevila")
+        names = "vision_tower", "vision_model", "visual"
+        tower = next(child for name, child in model.model.named_children() if name in names)
+        self.last = [m for m in tower.modules() if hasattr(m, "is_causal")][-1]
+        weights = " ".join(name for name, _ in tower.named_parameters())
+        self.last.summary = int("class_embedding" in weights or "cls_token" in weights)
+
+    @torch.inference_mode()
+    def see(self, images) -> None:
+        """Encode, prune and prefill a picture (Pillow image, file, address) or a list of them;
+        forget everything before."""
+        # 1. The prompt as the model's own processor writes it; the context ends with the pictures.
+        model, images = self.model.model, images if isinstance(images, list) else [images]
+        images = [load_image(image) for image in images]
+        prompt = self._prompt(len(images))
+        inputs = self._inputs(prompt, images).to(self.model.device, self.model.dtype)
+        ids = inputs["input_ids"][0]
+        visual = ids == self.model.config.image_token_id
+        places = visual.nonzero()[:, 0]
+        end = int(places[-1]) + 1
+
+        # 2. Encode; what the tower's last layer receives is the salience.
+        self.last.received = []
+        pictures = {name: x for name, x in inputs.items() if name.startswith(("pixel", "image"))}
+        encoded = model.get_image_features(**pictures, return_dict=True)
+        salience = self._salience(inputs, len(places))
+        del self.last.received
+
+        # 3. Prune every view.
+        kept = [select(view, self.prefill_sparsity) for view in salience]
+        first = accumulate(map(len, salience), initial=0)
+        index = torch.cat([start + chosen for start, chosen in zip(first, kept)])
+        stays = ~visual
+        stays[places[index]], stays[end:] = True, False
+
+        def rows(features):
+            chosen = torch.cat([part.flatten(0, -2) for part in features])[index]
+            return chosen[None] if isinstance(features, Tensor) else [chosen]
+
+        pruned = {"pooler_output": rows(encoded.pooler_output)}
+        if deep := encoded.get("deepstack_features"):
+            pruned["deepstack_features"] = [rows(level) for level in deep]
+
+        # 4. Positions (axes, T): three axes for M-RoPE.
+        positions = torch.arange(len(ids), device=ids.device)[None]
+        if hasattr(model, "get_rope_index"):
+            positions = model.get_rope_index(**inputs)[0][:, 0]
+        following = int(positions[:, :end].max()) + 1
+        positions = positions[:, stays]
+        if self.positions == "contiguous":
+            positions = contiguous(positions, visual[stays])
+            following = int(positions.max()) + 1
+
+        # 5. Prefill once. Separators, whose salience is infinite, are text to the cache.
+        ids, found = ids[stays], visual[stays].nonzero()[:, 0]
+        found = found[torch.cat([*salience])[index].isfinite()]
+        ranks = getattr(self.model, "tp_size", None) or 1
+        cache = Cache(layers=[
+            RetrievalLayer(found, self.decode_sparsity, window, ranks) for window in self.windows
+        ])  # fmt: skip
+        types = {k: x[:, stays] for k, x in inputs.items() if k == "token_type_ids"}  # Gemma 3
+        model(
+            input_ids=ids[None], position_ids=_batched(positions), cache=cache, use_cache=True,
+            mm_encoder_outputs={"image": type(encoded)(**pruned)}, **types,
+        )  # fmt: skip
+        self.images, self.prompt, self.end, self.kept, self.cache = images, prompt, end, kept, cache
+        self.ids, self.places, self.next, self.turns = ids.tolist(), positions, following, []
+
+    def ask(self, question: str, **generation) -> Answer:
+        """Answer a question. generation: arguments of `generate`, such as max_new_tokens, do_sample
+        and streamer. A call that fails or is interrupted leaves the session as it was."""
+        # 1. Token ids and positions, those of the cache first.
+        if self.cache is None:
+            raise RuntimeError("nothing to ask about: call see(images) first")
+        tokenizer, (_, _, close, last) = self.processor.tokenizer, self.prompt
+        if not question.strip() or any(token in question for token in tokenizer.all_special_tokens):
+            raise ValueError(f"a question must be text without special tokens, got {question!r}")
+        if self.turns:
+            new = tokenizer(close + question + last, add_special_tokens=False)["input_ids"]
+        else:  # only the processor knows what its family writes between pictures and text
+            inputs = self._inputs(self.prompt, self.images, question)
+            new = inputs["input_ids"][0, self.end :].tolist()
+        ids = torch.tensor([self.ids + new], device=self.model.device)
+        axes, T = self.places.shape
+        after = torch.arange(ids.shape[1] - T, device=self.places.device) + self.next
+        positions = torch.cat([self.places, after.expand(axes, -1)], 1)
+
+        # 2. Question, retrieval and answer; `generate` reads what the cache does not have.
+        start = self.cache.get_seq_length()
+        self._truncate(start, asked=True)
+        try:
+            out = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), position_ids=_batched(positions),
+                cache=self.cache, **generation,
+            )[0].tolist()  # fmt: skip
+        except BaseException:
+            self._truncate(start)
+            raise
+
+        # 3. Keep the turn, or evict it. The last token was generated, not read; a stop token is
+        #    written again by the template.
+        self._truncate(len(out) - 1)
+        self.turns.append((self.ids, start))
+        stops = self.model.generation_config.eos_token_id
+        self.ids = out[:-1] if out[-1] in (stops if isinstance(stops, list) else [stops]) else out
+        if self.protocol == "evaluation":
+            self.forget()
+        tokens = out[ids.shape[1] :]
+        text = self.processor.decode(tokens, skip_special_tokens=True).lstrip()
+        return Answer(text, tokens, [layer.retrieved for layer in self.cache.layers])
+
+    def forget(self) -> None:
+        """Evict the last question and its answer."""
+        if self.turns:
+            self.ids, start = self.turns.pop()
+            self._truncate(start)
+
+    def _truncate(self, length: int, asked: bool = False) -> None:
+        for layer in self.cache.layers:
+            layer.truncate(length, asked)
+
+    def _prompt(self, pictures: int) -> list[str]:
+        """The text before a first question, behind it, behind an answer, behind later questions."""
+        if self.template:
+            tokens = "\n".join([self.processor.image_token] * pictures)
+            text = self.template.replace("{image}", tokens)
+        else:
+            turns = ("user", "{question}"), ("assistant", "{answer}"), ("user", "{question}")
+            chat = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
+            chat[0]["content"] = [{"type": "image"}] * pictures + chat[0]["content"]
+            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        return re.split(r"\{question\}|\{answer\}", text)
+
+    def _inputs(self, prompt: list[str], images: list, question: str = "") -> dict:
+        text, begin = prompt[0] + question + prompt[1], self.processor.tokenizer.bos_token
+        add = not (begin and text.startswith(begin))
+        return self.processor(text=text, images=images, return_tensors="pt", add_special_tokens=add)
+
+    def _salience(self, inputs: dict, tokens: int) -> list[Tensor]:
+        """What patches received -> salience of the visual tokens, (n,) for every view."""
+        model, received = self.model.model, torch.cat(self.last.received, -1)
+        if "image_grid_thw" in inputs:  # Qwen: the patches of a token are neighbours
+            tower, grid = model.visual, inputs["image_grid_thw"]
+            merge = tower.spatial_merge_size
+            blocks = received.view(-1, merge**2).mean(1)
+            if hasattr(tower, "window_size"):
+                edges = {"window_size": tower.window_size, "patch_size": tower.patch_size}
+                order, _ = get_vision_window_index(grid, spatial_merge_size=merge, **edges)
+                blocks = blocks[order.argsort()]
+            return blocks.split((grid.prod(1) // merge**2).tolist())
+        if "image_sizes" in inputs:  # LLaVA-NeXT: tiles side by side, padding cut off, separators
+            tiles = inputs["pixel_values"].flatten(2).any(-1).sum(-1)  # the others are empty
+            parts, line = received[..., None].split(tiles.tolist()), torch.full((1,), math.inf)
+            packed, _ = model.pack_image_features(parts, inputs["image_sizes"], "default", line)
+            return [view[:, 0] for view in packed]
+        views, patches = received.shape  # a token is a square of patches
+        side, block = math.isqrt(patches), math.isqrt(patches * views // tokens)
+        squares = received.view(views, 1, side, side)
+        return [*torch.nn.functional.avg_pool2d(squares, block).flatten(1)]
+
+
+def _batched(positions: Tensor) -> Tensor:
+    """(1, T) or, for M-RoPE, (3, 1, T)."""
+    return positions if len(positions) == 1 else positions[:, None]
+
+
+def load_processor(name: str):
+    """AutoProcessor's, without its part for videos where torchvision is missing."""
+    try:
+        return hf.AutoProcessor.from_pretrained(name)
+    except ImportError:
+        kind = PROCESSOR_MAPPING[type(hf.AutoConfig.from_pretrained(name))]
+
+        class Pictures(kind):
+            def __init__(self, image_processor, tokenizer, chat_template=None, **more):
+                super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)
+
+        return Pictures.from_pretrained(name)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="folder or repository")
+    parser.add_argument("--image", nargs="+", required=True, help="files or addresses")
+    parser.add_argument("--ask", nargs="+", required=True, help="questions")
+    parser.add_argument("--device-map", help="how to spread the model over devices: auto, ...")
+    parser.add_argument("--prefill-sparsity", type=float, default=0.75, help="default: 0.75")
+    parser.add_argument("--decode-sparsity", type=float, default=0.8, help="default: 0.8")
+    given = parser.parse_args()
+    model = hf.AutoModelForImageTextToText.from_pretrained(given.model, device_map=given.device_map)
+    sparsity = {name: x for name, x in vars(given).items() if name.endswith("sparsity")}
+    session = SparseVILA(model.eval(), load_processor(given.model), **sparsity)
+    session.see(given.image)
+    streamer = hf.TextStreamer(session.processor, skip_prompt=True, skip_special_tokens=True)
+    for question in given.ask:
+        print(f"> {question}")
+        session.ask(question, max_new_tokens=128, streamer=streamer)
+
+
+if __name__ == "__main__":
+    main()
