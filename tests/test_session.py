@@ -266,7 +266,7 @@ def test_an_overlay_needs_pictures_and_answers(tiny, page):
         overlay(session, [])
     answer = session.ask("what\ncolor is the 7?")
     assert answer == answer and answer in [answer]
-    assert overlay(session, [("what\ncolor?", answer)]).size == (8 + 2 * 328, 412)
+    assert overlay(session, [("what\ncolor?", answer)]).size == (8 + 2 * 328, 432)
     long = overlay(session, [("what? " * 60, answer)], [answer])  # wrapped
     assert long.width == 8 + 2 * 328 and long.height > 500
     session.see([page] * 3)

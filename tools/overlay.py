@@ -11,11 +11,12 @@ from sparsevila import Answer, SparseVILA, select_tokens
 
 GAP, LINE, WIDEST = 8, 20, 1700  # pixels
 FONT = ImageFont.load_default(15)
-ONLY, SHARED, ALWAYS = (255, 90, 0), (255, 190, 60), (150, 150, 150)  # colours of outlines
+TITLE = "Pruned once; of what is left, every question reads its own tokens."
+ONLY, SHARED, ALWAYS = (255, 90, 0), (255, 190, 60), (90, 90, 90)  # colours of outlines
 LEGEND = {
-    "pruned": ((40, 40, 40), 0),
-    "read for this question only": (ONLY, 3),
-    "for some others too": (SHARED, 2),
+    "pruned": ((107, 107, 107), 0),
+    "read for this question only": (ONLY, 2),
+    "for another question too": (SHARED, 2),
     "for every question": (ALWAYS, 1),
 }
 Words = list[tuple[str, str]]  # lines, each with its colour
@@ -54,30 +55,32 @@ def overlay(
     right = dense or [answer for _, answer in answers]
 
     def told(who: str, number: int, answer: Answer) -> tuple[str, str]:
-        same = answer.text == right[number].text
-        return f"{who}: {answer.text}", "black" if same else "firebrick"
+        if answer.text == right[number].text:
+            return f"{who}: {answer.text}", "black"
+        return f"{who}: {answer.text} (differs)", "firebrick"
 
     # 1. The panels.
     tokens = session.stats["visual_tokens"]
-    head = f"Pruned once, before any question: {tokens['kept']} of {tokens['encoded']} tokens stay."
+    n, kept = tokens["encoded"], tokens["kept"]
+    head = f"Before any question: {kept} of {n} tokens (patches) stay, grey ones go."
     panels = [Panel([(head, "black")], session)]
     for number, (question, answer) in enumerate(answers):
         words = [(question, "navy")]
-        words += [told("dense", number, dense[number])] if dense else []
-        words.append(told("sparse", number, answer))
+        words += [told(f"dense, all {n} tokens", number, dense[number])] if dense else []
+        words.append(told(f"sparse, {_attended(answer):.0f} of {kept}", number, answer))
         looks = {
             1: LEGEND["read for this question only"],
             len(answers): LEGEND["for every question"],
         }
         outlines = [
-            looks.get(count, LEGEND["for some others too"]) if mine else None
+            looks.get(count, LEGEND["for another question too"]) if mine else None
             for mine, count in zip(chosen[number].tolist(), times.tolist())
         ]
         panels.append(Panel(words, session, outlines))
     if pruned:
-        kept = pruned[0].stats["visual_tokens"]["kept"]
-        words = [(f"Pruning alone, to the same cost of decoding: {kept} tokens stay.", "black")]
-        words += [told(answers[n][0], n, answer) for n, answer in enumerate(pruned[1])]
+        few = pruned[0].stats["visual_tokens"]["kept"]
+        words = [(f"Instead, pruned to {few} tokens:", "black")]
+        words += [told(answers[i][0], i, answer) for i, answer in enumerate(pruned[1])]
         panels.append(Panel(words, pruned[0]))
     return _compose(panels, _costs(session, answers, dense), bool(answers[1:]))
 
@@ -94,19 +97,22 @@ def _retrieved(session: SparseVILA, answer: Answer) -> Tensor:
     )
 
 
+def _attended(answer: Answer) -> float:
+    """Visual tokens that a layer reads, mean over layers."""
+    return sum(map(len, answer.retrieved)) / len(answer.retrieved)
+
+
 def _costs(
     session: SparseVILA, answers: list[tuple[str, Answer]], dense: list[Answer] | None
 ) -> str:
     """What is read for every token of an answer."""
-
-    def cost(name: str, answer: Answer) -> str:
-        tokens = sum(map(len, answer.retrieved)) / len(answer.retrieved)
-        kv_bytes = answer.kv_bytes_per_token
-        return f"{name}: {tokens:.0f} visual tokens, {kv_bytes:,} bytes of keys and values"
-
-    sides = [cost("dense", dense[-1])] if dense else []
-    sides.append(cost("sparse", answers[-1][1]))
-    return "Read for each token of an answer: " + "; ".join(sides) + "."
+    costs = [
+        f"{name} {_attended(answer):.0f} visual tokens, {answer.kv_bytes_per_token:,} bytes"
+        for name, answer in (("dense", dense and dense[-1]), ("sparse", answers[-1][1]))
+        if answer
+    ]
+    both = "; ".join(costs)
+    return f"Keys and values that a token of the answer reads, those of text included: {both}."
 
 
 def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
@@ -124,15 +130,19 @@ def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
     columns = max(1, min(len(panels), WIDEST // (width + GAP)))
     rows = -(-len(panels) // columns)
     total = columns * (width + GAP) + GAP
+    title = _wrapped(TITLE, total - 2 * GAP) if legend else []
     foot = _wrapped(costs, total - 2 * GAP)
-    below = GAP + rows * (top + tall + GAP)
+    above = GAP + len(title) * LINE
+    below = above + rows * (top + tall + GAP)
     whole = Image.new("RGB", (total, below + (legend + len(foot)) * LINE + GAP), "white")
     draw = ImageDraw.Draw(whole)
+    for number, line in enumerate(title):
+        draw.text((GAP, 4 + number * LINE), line, "black", FONT, stroke_width=0.4)
 
     # 2. The panels.
     for number, (head, panel) in enumerate(zip(heads, panels)):
         row, column = divmod(number, columns)
-        left, upper = GAP + column * (width + GAP), GAP + row * (top + tall + GAP)
+        left, upper = GAP + column * (width + GAP), above + row * (top + tall + GAP)
         for line, (text, colour) in enumerate(head):
             draw.text((left, upper + line * LINE), text, colour, FONT)
         first = 0
