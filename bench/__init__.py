@@ -77,8 +77,12 @@ def positive(text: str) -> int:
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of commands that call `report`."""
-    parser.add_argument("--figure", metavar="FILE", help="draw the result")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--figure", metavar="FILE", help="draw the result there (default: no figure)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
 
 
 def check_figure(file: str | None) -> None:

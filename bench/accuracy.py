@@ -147,8 +147,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROW",
         help=f"rows of the table, or all {len(METHODS)} (default: the {len(MAIN)} of MAIN)",
     )
-    parser.add_argument("--questions", type=positive, default=500, help="of each kind, in all")
-    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument(
+        "--questions",
+        type=positive,
+        default=500,
+        help="of each kind, over all seeds (default: 500)",
+    )
+    parser.add_argument("--seeds", type=positive, default=5, help="at least 2 (default: 5)")
     add_report_arguments(parser)
 
 

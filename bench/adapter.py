@@ -18,10 +18,10 @@ ROWS = {"0 / 0": (0, 0), "0 / 90": (0, 0.9), "75 / 90": (0.75, 0.9)}  # per cent
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--side", type=positive, default=64, help="visual tokens of a side of the picture (64)"
+        "--side", type=positive, default=64, help="of the picture, in visual tokens (default: 64)"
     )
-    parser.add_argument("--tokens", type=positive, default=32, help="of the answer (32)")
-    parser.add_argument("--runs", type=positive, default=5, help="of each, in turn (5)")
+    parser.add_argument("--tokens", type=positive, default=32, help="of the answer (default: 32)")
+    parser.add_argument("--runs", type=positive, default=5, help="of each, in turn (default: 5)")
 
 
 @torch.no_grad()

@@ -18,7 +18,11 @@ from .random_models import write_large_checkpoint
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="to load into (default: the stored one)",
+    )
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # the process that is measured
 
 

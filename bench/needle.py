@@ -34,9 +34,16 @@ NEEDLE_METHODS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(NEEDLE_METHODS), metavar="ROW"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(NEEDLE_METHODS),
+        metavar="ROW",
+        help=f"rows of the table (default: {', '.join(NEEDLE_METHODS)})",
     )
-    parser.add_argument("--clips", type=positive, default=40, help="for each length and depth")
+    parser.add_argument(
+        "--clips", type=positive, default=40, help="for each length and depth (default: 40)"
+    )
     add_report_arguments(parser)
 
 

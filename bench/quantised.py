@@ -43,8 +43,10 @@ VARIANTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--model", type=Path, default=TINY)
-    parser.add_argument("--questions", type=positive, default=500, help="of each kind")
+    parser.add_argument("--model", type=Path, default=TINY, help="folder (default: tiny)")
+    parser.add_argument(
+        "--questions", type=positive, default=500, help="of each kind (default: 500)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

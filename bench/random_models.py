@@ -220,8 +220,8 @@ SMOLVLM_TEXT = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench make`."""
-    parser.add_argument("preset", choices=SMOLVLM_TEXT)
-    parser.add_argument("folder", type=Path, help="to make")
+    parser.add_argument("preset", choices=SMOLVLM_TEXT, help="whose shape")
+    parser.add_argument("folder", type=Path, help="checkpoint to make")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -63,23 +63,58 @@ BEFORE_DECODING = {  # the tower's work is the same, dense and sparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--preset", choices=PRESETS, default="laptop")
-    parser.add_argument("--visual-tokens", type=positive, metavar="N", help="in whole pictures")
-    parser.add_argument("--answer-tokens", type=positive, default=128, metavar="N")
-    parser.add_argument("--prefill-sparsity", type=float, default=0.75, metavar="S")
-    parser.add_argument("--decode-sparsity", type=float, default=0.9, metavar="S")
-    parser.add_argument("--quantised", action="store_true", help="four-bit decoder, int8 tower")
     parser.add_argument(
-        "--eager", action="store_true", help="on a CPU: decode without torch.compile"
+        "--preset",
+        choices=PRESETS,
+        default="laptop",
+        metavar="NAME",
+        help=f"shape: {', '.join(PRESETS)} (default: laptop)",
+    )
+    parser.add_argument(
+        "--visual-tokens",
+        type=positive,
+        metavar="N",
+        help="rounded to whole pictures (default: the preset's)",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="of each answer (default: 128)",
+    )
+    parser.add_argument(
+        "--prefill-sparsity",
+        type=float,
+        default=0.75,
+        metavar="S",
+        help="share of the visual tokens to prune, in [0, 1) (default: 0.75)",
+    )
+    parser.add_argument(
+        "--decode-sparsity",
+        type=float,
+        default=0.9,
+        metavar="S",
+        help="share of the kept ones that decoding leaves out, in [0, 1) (default: 0.9)",
+    )
+    parser.add_argument(
+        "--quantised", action="store_true", help="measure a four-bit decoder and an int8 tower"
+    )
+    parser.add_argument(
+        "--eager", action="store_true", help="decode without torch.compile on a CPU"
     )
     parser.add_argument("--runs", type=positive, default=5, help="of each, in turn (default: 5)")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--device", help="where to measure (default: cuda if there is one, else cpu)"
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"],
-        help="default: float32 on a CPU, float16 on a GPU",
+        help="of the model (default: float32 on a CPU, float16 on a GPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--versus", choices=["transformers"], help="beside Hugging Face's dense decoder"
+        "--versus",
+        choices=["transformers"],
+        help="measure Hugging Face's dense decoder as well (default: not)",
     )
     add_report_arguments(parser)
 

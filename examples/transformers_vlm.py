@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or repository")
     parser.add_argument("--image", nargs="+", required=True, help="files or addresses")
     parser.add_argument("--ask", nargs="+", required=True, help="questions")
-    parser.add_argument("--device-map", help="how to spread the model over devices: auto, ...")
+    parser.add_argument("--device-map", help="how to spread over devices: auto, ...")
     parser.add_argument("--prefill-sparsity", type=float, default=0.75, help="default: 0.75")
     parser.add_argument("--decode-sparsity", type=float, default=0.8, help="default: 0.8")
     given = parser.parse_args()

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/conformance; pytest wants them here."""
     group = parser.getgroup("conformance")
     group.addoption("--impl", help="module or Python file to check in place of this project")
-    group.addoption("--impl-device", default="cpu", metavar="DEVICE")
+    group.addoption("--impl-device", default="cpu", metavar="DEVICE", help="default: cpu")
     group.addoption(
         "--impl-dtypes", default="float32,float16,bfloat16", metavar="NAMES", help="by commas"
     )

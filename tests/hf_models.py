@@ -5,7 +5,7 @@
 saves one in the hub's layout; `PICTURE` names all kinds.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -178,4 +178,8 @@ def save(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    save(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=PICTURE, help="architecture")
+    parser.add_argument("folder", type=Path, help="checkpoint to make")
+    arguments = parser.parse_args()
+    save(arguments.kind, arguments.folder)

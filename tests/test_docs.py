@@ -1,6 +1,7 @@
 """Shapes in docstrings and comments against those of real calls, and that everything public is
 documented."""
 
+import argparse
 import ast
 import functools
 import importlib
@@ -8,6 +9,7 @@ import inspect
 import itertools
 import random
 import re
+import runpy
 import sys
 import tokenize
 from collections.abc import Callable, Iterator
@@ -389,3 +391,42 @@ def test_axes_of_docstrings_are_in_the_legend_of_their_file():
                 used |= set(re.findall(r"\b[A-Z]\b", match[0]))
         missing = [axis for axis in sorted(used) if not re.search(rf"\b{axis}\b", legend)]
         assert not missing, f"{module.__name__}: {missing} are not in the legend"
+
+
+COMMANDS = (
+    "sparsevila.py", "awq.py", "bench", "tiny/scenes.py", "tiny/train.py",
+    "examples/transformers_vlm.py", "tests.conformance.check", "tests.conformance.run",
+    "tests.conformance.vectors", "tests/golden/record.py", "tests/hf_models.py",
+)  # fmt: skip
+
+
+class Parsed(Exception):
+    """In place of what a command does with its arguments."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_sentence_and_its_default(command, monkeypatch):
+    """As `--help` shows them; what is off or missing by default has none to tell."""
+
+    def parse(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [command])
+    with pytest.raises(Parsed) as caught:
+        if command.endswith(".py"):
+            runpy.run_path(str(TINY.parent / command), run_name="__main__")
+        else:
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+    parsers, checked = [caught.value.args[0]], 0
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.help not in (argparse.SUPPRESS, "show this help message and exit"):
+                assert action.help, f"{parser.prog}: {action.dest} has no sentence"
+                told = "default" in action.help or action.default in (None, [])
+                told = told or action.default is False
+                assert told, f"{parser.prog}: {action.dest} does not tell its default"
+                checked += 1
+    assert checked

@@ -723,7 +723,7 @@ def write_json_files(out: Path, model: VLM, tokenizer: Tokenizer) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and pages (default: 0)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: tiny)")
     arguments = parser.parse_args()
     train(arguments.seed, arguments.out)

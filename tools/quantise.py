@@ -225,12 +225,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", help="checkpoint folder or hub repository")
     parser.add_argument("target", help="folder to make")
-    parser.add_argument("--group-size", type=int, default=128, metavar="G")
-    parser.add_argument("--vision-w8a8", action="store_true")
-    parser.add_argument("--images", metavar="DIR", help="pictures to calibrate on")
-    parser.add_argument("--prompts", metavar="FILE", help="questions to calibrate on, one a line")
-    parser.add_argument("--samples", type=int, default=32, metavar="N", help="calibration turns")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="G",
+        help="inputs that share a scale of four-bit weights (default: 128)",
+    )
+    parser.add_argument(
+        "--vision-w8a8",
+        action="store_true",
+        help="eight bits in the vision tower (default: it stays as it is)",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="pictures to calibrate on (default: pages of tiny/)"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="questions to calibrate on, one a line (default: those of the pages)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, metavar="N", help="calibration turns (default: 32)"
+    )
+    parser.add_argument(
+        "--device", help="where to compute (default: cuda if there is one, else cpu)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.samples < 1:
         parser.error(f"--samples must be at least 1, got {arguments.samples}")

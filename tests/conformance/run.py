@@ -111,8 +111,8 @@ def main() -> None:
     from .conftest import load_implementation
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--impl", help="module or Python file; this project if none is named")
+    parser.add_argument("folder", type=Path, help="to write results to")
+    parser.add_argument("--impl", help="module or Python file (default: this project)")
     arguments = parser.parse_args()
     try:
         operations = load_implementation(arguments.impl)

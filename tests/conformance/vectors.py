@@ -2,6 +2,7 @@
 and vectors.safetensors. Every expected value comes from float64 (oracle.py); README.md describes
 the files."""
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -364,4 +365,8 @@ def write(folder: Path = FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    write()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="default: tests/golden/conformance"
+    )
+    write(parser.parse_args().out)

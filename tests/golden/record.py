@@ -602,8 +602,19 @@ FAMILIES = {
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("families", nargs="*", default=[], help=f"of {', '.join(FAMILIES)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "golden")
+    parser.add_argument(
+        "families",
+        nargs="*",
+        default=[],
+        metavar="FAMILY",
+        help=f"{', '.join(FAMILIES)} (default: all)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "tests" / "golden",
+        help="folder to write to (default: tests/golden)",
+    )
     arguments = parser.parse_args()
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     for family in arguments.families or FAMILIES:
