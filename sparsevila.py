@@ -157,8 +157,7 @@ class RetrievalCache(KVCache):
         self.visual = torch.empty(0, dtype=torch.int64, device="cpu") if visual is None else visual
         self.relevance: list[Tensor] = []
         self.retrieved: list[Tensor] = []
-        # Stages: context (packed None, scoring False), question (None, True), answer (a cache,
-        # False).
+        # Stages: context (None, False), question (None, True), answer (a cache, False).
         self.packed: KVCache | None = None
         self.scoring = False
 
@@ -173,8 +172,11 @@ class RetrievalCache(KVCache):
             return self.packed.attend(layer, q, k, v)
         out = super().attend(layer, q, k, v)
         if self.scoring:
-            keys = self.k[layer][:, :, : self.filled[layer]]
-            self.relevance.append(self.score(q, keys))  # layers come in order
+            relevance = self.score(q, self.k[layer][:, :, : self.filled[layer]])
+            if relevance.shape != self.visual.shape:
+                wanted, found = tuple(self.visual.shape), tuple(relevance.shape)
+                raise ValueError(f"score must return relevance of shape {wanted}, got {found}")
+            self.relevance.append(relevance)  # layers come in order
         return out
 
     def score(self, q: Tensor, k: Tensor) -> Tensor:
@@ -331,14 +333,17 @@ class SparseVILA:
         features, salience = self.encode(pixels)
         watch.lap("vision")
 
-        # 3. Prune (Algorithm 2), before any question is known. The method may be another's: its
-        #    indices must be ascending, distinct and in [0, n).
+        # 3. Prune (Algorithm 2), before any question is known. The method may be another's.
         sizes = [len(x) for x in features]
         features, kept = self.prune(features, salience)
         kept = [index.cpu() for index in kept]  # for the layout
-        for n, index in zip(sizes, kept, strict=True):
-            if (chosen := index.tolist()) != sorted({*chosen} & {*range(n)}):
-                raise ValueError(f"kept tokens must be ascending and below {n}, got {index}")
+        chosen, counts = [index.tolist() for index in kept], [len(x) for x in features]
+        right = [sorted({*index} & {*range(n)}) for index, n in zip(chosen, sizes)]
+        if len(chosen) != len(sizes) or chosen != right or counts != [*map(len, chosen)]:
+            raise ValueError(
+                f"prune must return features and ascending indices below n, of {len(sizes)} views "
+                f"each, got {counts} features and {kept}"
+            )
         watch.lap("prune")
 
         # 4. Lay out the prompt: text, and a placeholder for every kept token.
@@ -456,10 +461,9 @@ class SparseVILA:
                 self.cache.truncate(last.start)
                 raise
 
-    # Extension points. Override `prune` or `salience` for another choice of tokens; `cache_type` (a
-    # RetrievalCache with another `score`) or `new_cache` (any KVCache) for another cache; `encode`
+    # Extension points: override `prune` or `salience` for another choice of tokens, `cache_type` (a
+    # RetrievalCache with another `score`) or `new_cache` (any KVCache) for another cache, `encode`
     # if more of the tower is needed. baselines.py has examples.
-
     cache_type = RetrievalCache
 
     def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:

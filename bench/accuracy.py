@@ -9,6 +9,7 @@ the first and the later questions of a session.
 """
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import random
@@ -20,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +49,9 @@ CLIP = 3  # pages
 
 
 class Method(NamedTuple):
-    """A session and its settings."""
+    """A session, its class or "FILE:CLASS", and its settings."""
 
-    kind: type[SparseVILA]
+    kind: type[SparseVILA] | str
     prefill_sparsity: float = 0.75
     decode_sparsity: float = 0.8
     options: dict = {}
@@ -59,12 +61,27 @@ class Method(NamedTuple):
         process of its own."""
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        return self.kind(
+        kind = own_class(self.kind) if isinstance(self.kind, str) else self.kind
+        return kind(
             *load(model_path, device="cpu"),
             prefill_sparsity=self.prefill_sparsity,
             decode_sparsity=self.decode_sparsity,
             **{"protocol": "evaluation"} | self.options,
         )
+
+
+def own_class(name: str) -> type[SparseVILA]:
+    """The session class that "FILE:CLASS" names. Raises: ValueError if there is none."""
+    file, _, wanted = name.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"--method must be FILE:CLASS, got {name!r}: no file {file!r}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, wanted, None)
+    if not (isinstance(found, type) and issubclass(found, SparseVILA)):
+        raise ValueError(f"{file} must hold a SparseVILA class {wanted!r}, got {found!r}")
+    return found
 
 
 # --- the methods ----------------------------------------------------------------------------------
@@ -139,20 +156,20 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    main = "', '".join(MAIN)
+    others = "', '".join(name for name in METHODS if name not in MAIN)
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=[*METHODS, "all"],
-        default=MAIN,
-        metavar="ROW",
-        help=f"rows of the table, or all {len(METHODS)} (default: the {len(MAIN)} of MAIN)",
-    )
+        "--methods", nargs="+", default=list(MAIN), metavar="ROW",
+        help=f"of the table (default: {len(MAIN)} main rows, '{main}'; others: '{others}'; all)",
+    )  # fmt: skip
     parser.add_argument(
-        "--questions",
-        type=positive,
-        default=500,
+        "--method", action="append", default=[], metavar="FILE:CLASS",
+        help="a method of your own, a subclass of SparseVILA, at 75 %% / 80 %% (repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--questions", type=positive, default=500, metavar="N",
         help="of each kind, over all seeds (default: 500)",
-    )
+    )  # fmt: skip
     parser.add_argument("--seeds", type=positive, default=5, help="at least 2 (default: 5)")
     add_report_arguments(parser)
 
@@ -163,7 +180,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.seeds < 2 or arguments.questions < arguments.seeds:
         raise ValueError("--seeds must be at least 2, and --questions at least as many")
     names = METHODS if "all" in arguments.methods else arguments.methods
-    result = accuracy(list(names), arguments.questions, arguments.seeds)
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"no row {name!r}: `python -m bench accuracy --help` names all")
+    for name in arguments.method:
+        own_class(name)
+    result = accuracy([*names, *arguments.method], arguments.questions, arguments.seeds)
     report(result, print_accuracy, draw_accuracy, arguments)
 
 
@@ -184,7 +206,8 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
     ]
     arguments = []
     for name, protocol, seed in jobs:
-        method = METHODS[name]._replace(options=METHODS[name].options | {"protocol": protocol})
+        method = METHODS.get(name) or Method(name)
+        method = method._replace(options=method.options | {"protocol": protocol})
         arguments.append((method, str(TINY), each, (1, CLIP), seed * each))
     results: dict[str, dict] = {name: defaultdict(list) for name in names}
     with workers() as pool:
@@ -331,7 +354,8 @@ CURVES = ("SparseVILA", "retrieval only", "first-turn oracle", "pruning only", "
 def draw_accuracy(result: dict, file: str) -> None:
     """Left, right answers in later turns against visual tokens attended to; right, the share of the
     patches with the answer that each layer attends to. Of the methods that the table has, those of
-    `CURVES`, labelled at their lines, and the dense model as a dotted one."""
+    `CURVES`, labelled at their lines, the dense model as a dotted one, and methods of one's own as
+    stars; a line below names all that are in the table alone."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     looks = zip(CURVES, ("C0", "C2", "C4", "C1", "0.5"), "os^Dx")
@@ -345,6 +369,13 @@ def draw_accuracy(result: dict, file: str) -> None:
         y, error = zip(*(point["later turns"] for point in points))
         left.errorbar(x, y, error, color=colour, marker=marker, capsize=3)
         left.annotate(curve, (x[-1], y[-1]), (8, -14), "data", "offset points", color=colour)
+    own = [name for name in methods if name not in METHODS]
+    for name in own:
+        x, (y, error) = methods[name]["attended"][0], methods[name]["later turns"]
+        left.errorbar(x, y, error, color="C3", marker="*", markersize=14, capsize=3)
+        left.annotate(
+            name.rpartition(":")[2], (x, y), (8, -14), "data", "offset points", color="C3"
+        )
     if "dense" in methods:
         left.axhline(methods["dense"]["later turns"][0], color="black", linestyle=":")
     left.set_xscale("log")
@@ -367,4 +398,8 @@ def draw_accuracy(result: dict, file: str) -> None:
     for axes in (left, right):
         axes.set_ylim(-3, 105)
         axes.grid(alpha=0.3)
+    drawn = re.compile("|".join(rf"{curve}, \d+" for curve in CURVES))
+    left_out = [n for n in methods if n not in [*own, "dense"] and not drawn.fullmatch(n)]
+    if left_out:
+        figure.supxlabel(f"In the table alone: {'; '.join(left_out)}.", fontsize=8, wrap=True)
     figure.savefig(file, dpi=110)

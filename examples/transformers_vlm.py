@@ -2,16 +2,18 @@
 
     python examples/transformers_vlm.py MODEL --image photo.jpg --ask "What is this?"
 
-No model is changed. An attention function listens: in the tower's last layer to how much attention
-every patch receives, by which `see` prunes (Algorithm 2); in the decoder to how much of it a
-question gives every visual token. A cache layer packs the best of them, and the answer is decoded
-from those (Algorithm 3). Written for transformers 5.24; pictures, batch 1. See README.md here.
+No model's code is changed. Its attention becomes PyTorch's, overheard: in the tower's last layer
+how much of it every patch receives, by which `see` prunes (Algorithm 2); in the decoder how much a
+question gives to every visual token. A cache layer packs the best of them, and the answer is
+decoded from those (Algorithm 3). For transformers 5.24; pictures, batch 1. See README.md here.
 """
 
 import argparse
+import importlib.util
 import math
 import re
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -27,10 +29,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.vision_utils import get_vision_window_index
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # where kernels.py is
-try:
-    from kernels import attention_colsum  # in Triton, on a GPU
-except ImportError:  # its definition, head by head
+HERE = Path(__file__).resolve().parent
+FILES = [file for file in (HERE / "kernels.py", HERE.parent / "kernels.py") if file.is_file()]
+if FILES:  # in Triton, on a GPU. By its path, for PyPI has another "kernels"
+    spec = importlib.util.spec_from_file_location("sparsevila_kernels", FILES[0])
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+    attention_colsum = sys.modules[spec.name].attention_colsum
+else:  # its definition, head by head
 
     def attention_colsum(q: Tensor, k: Tensor, *, causal: bool = False, scale=None) -> Tensor:
         """What keys (B, G, N, D) receive from all rows (B, H, M, D), the last M of N if causal."""
@@ -48,6 +54,8 @@ class RetrievalLayer(DynamicLayer):
     ranks: over how many processes the heads are split.
     """
 
+    is_croppable = False  # for assisted decoding, which knows nothing of `packed`
+
     def __init__(self, visual: Tensor, sparsity: float, window: bool, ranks: int):
         super().__init__()
         self.visual, self.sparsity, self.is_sliding, self.ranks = visual, sparsity, window, ranks
@@ -55,12 +63,13 @@ class RetrievalLayer(DynamicLayer):
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs):
         """Append rows. What is returned becomes `key` and `value` of the attention function."""
-        if self.packed:
+        if self.packed:  # an answer is being decoded
             self.packed = [torch.cat(pair, 2) for pair in zip(self.packed, (key, value))]
             return self.packed
         keys, values = super().update(key, value)
-        keys = keys.view_as(keys)
-        keys.layer = self if self.asked else None  # that function is given no cache
+        if self.asked:  # mark the question's keys, for that function is given no cache
+            keys = keys.view_as(keys)
+            keys.layer = self
         return keys, values
 
     def retrieve(self, query: Tensor, scale: float) -> None:
@@ -82,26 +91,27 @@ class RetrievalLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that `update` will return, for the mask."""
-        rows = self.packed[0].shape[2] if self.packed else super().get_seq_length()
-        return rows + query_length, 0
+        if self.packed:
+            return self.packed[0].shape[2] + query_length, 0
+        return super().get_mask_sizes(query_length)
 
     def truncate(self, length: int, asked: bool = False) -> None:
         """Keep the first rows, and read all of them from now on. asked: a question comes next."""
-        if self.packed:  # the answer is nowhere else
-            answer, self.packed = [x[:, :, self.answer_begins :] for x in self.packed], None
-            super().update(*answer)
-        if self.is_initialized:
-            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
-        self.asked = asked and not self.is_sliding
+        packed, self.packed, self.asked = self.packed, None, asked and not self.is_sliding
+        if not self.is_initialized:
+            return
+        if packed and length > self.keys.shape[2]:  # the answer moves to the other rows
+            super().update(*(x[:, :, self.answer_begins :] for x in packed))
+        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
 
 def attention(module, query, key, *args, scaling=None, **kwargs):
-    """Dense attention, overheard."""
-    if hasattr(module, "received"):  # the tower's last layer: (views, patches), or a part of them
-        rows = query[:, :, : module.summary or None]
+    """PyTorch's, overheard."""
+    if hasattr(module, "received"):  # the tower's last layer: (views, patches), or some of a view's
+        rows = query[:, :, : module.class_tokens or None]  # all rows where there is no class token
         received = attention_colsum(rows, key, scale=scaling).mean(1) / rows.shape[2]
-        module.received.append(received[:, module.summary :])
-    elif getattr(key, "layer", None):
+        module.received.append(received[:, module.class_tokens :])
+    elif hasattr(key, "layer"):  # the question is being read
         key.layer.retrieve(query, scaling)
     return sdpa_attention_forward(module, query, key, *args, scaling=scaling, **kwargs)
 
@@ -113,7 +123,8 @@ hf.AttentionMaskInterface.register("sparsevila", sdpa_mask)  # without it there 
 def select(scores: Tensor, sparsity: float) -> Tensor:
     """Ascending indices of the best n - floor(sparsity n) of n finite scores, ties to the lower
     one, and of all infinite ones."""
-    keep = len(scores) - int(Fraction(str(sparsity)) * int(scores.isfinite().sum()))
+    dropped = Fraction(str(sparsity)) * int(scores.isfinite().sum())  # exact: 0.57 * 100 is 57
+    keep = len(scores) - int(dropped)
     return scores.sort(descending=True, stable=True).indices[:keep].sort().values
 
 
@@ -131,7 +142,7 @@ def contiguous(positions: Tensor, visual: Tensor) -> Tensor:
 class Answer(NamedTuple):
     text: str
     token_ids: list[int]
-    retrieved: list[Tensor | None]  # per layer (K,): which of the kept tokens; None with a window
+    retrieved: list[Tensor | None]  # per layer (K,): of the kept patches; None with a window
 
 
 class SparseVILA:
@@ -146,27 +157,33 @@ class SparseVILA:
     def __init__(self, model, processor, *, prefill_sparsity: float = 0.75,
                  decode_sparsity: float = 0.8, positions: str = "contiguous",
                  protocol: str = "conversation", template: str | None = None):  # fmt: skip
-        text = model.config.get_text_config()
-        layers = [type(layer).__name__ for layer in DynamicCache(config=text).layers]
-        odd = {*layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
-        if odd or "DynamicLayer" not in layers or len(layers) < text.num_hidden_layers:
+        # 1. Refuse settings out of range, and decoders that cannot retrieve.
+        words = positions in ("contiguous", "original"), protocol in ("conversation", "evaluation")
+        if not (all(words) and 0 <= prefill_sparsity < 1 and 0 <= decode_sparsity < 1):
+            found = f"{prefill_sparsity}, {decode_sparsity}, {positions!r}, {protocol!r}"
+            raise ValueError(f"sparsities must be in [0, 1), the others as documented, got {found}")
+        config = model.config.get_text_config()
+        kinds = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
+        if "DynamicLayer" not in kinds or {*kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
             raise ValueError(
-                f"{text.num_hidden_layers} decoder layers must cache keys and values of their own, "
-                f"at least one without a window, got {len(layers)}, {', '.join(sorted({*layers}))}"
+                "every decoder layer must cache keys and values of its own, at least one without a "
+                f"window, got {', '.join(sorted({*kinds}))}"
             )
-        for name, value in ("prefill", prefill_sparsity), ("decode", decode_sparsity):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}_sparsity must be in [0, 1), got {value!r}")
         self.model, self.processor, self.template = model, processor, template
         self.prefill_sparsity, self.decode_sparsity = prefill_sparsity, decode_sparsity
         self.positions, self.protocol, self.cache, self.turns = positions, protocol, None, []
-        self.windows = [layer != "DynamicLayer" for layer in layers]
+        self.windows = [kind != "DynamicLayer" for kind in kinds]
+
+        # 2. Overhear the model, and find the last attention of its tower.
         model.set_attn_implementation("sparsevila")
         names = "vision_tower", "vision_model", "visual"
-        tower = next(child for name, child in model.model.named_children() if name in names)
-        self.last = [m for m in tower.modules() if hasattr(m, "is_causal")][-1]
+        tower = next((x for name, x in model.model.named_children() if name in names), None)
+        if tower is None:
+            raise ValueError(f"the model must have a tower called one of {names}")
+        self.tower_attention = [m for m in tower.modules() if hasattr(m, "is_causal")][-1]
         weights = " ".join(name for name, _ in tower.named_parameters())
-        self.last.summary = int("class_embedding" in weights or "cls_token" in weights)
+        class_token = "class_embedding" in weights or "cls_token" in weights
+        self.tower_attention.class_tokens = int(class_token)
 
     @torch.inference_mode()
     def see(self, images) -> None:
@@ -179,25 +196,34 @@ class SparseVILA:
         inputs = self._inputs(prompt, images).to(self.model.device, self.model.dtype)
         ids = inputs["input_ids"][0]
         visual = ids == self.model.config.image_token_id
-        places = visual.nonzero()[:, 0]
-        end = int(places[-1]) + 1
+        slots = visual.nonzero()[:, 0]  # where the visual tokens are
+        context_end = int(slots[-1]) + 1
 
         # 2. Encode; what the tower's last layer receives is the salience.
-        self.last.received = []
         pictures = {name: x for name, x in inputs.items() if name.startswith(("pixel", "image"))}
-        encoded = model.get_image_features(**pictures, return_dict=True)
-        salience = self._salience(inputs, len(places))
-        del self.last.received
+        self.tower_attention.received = []
+        try:
+            encoded = model.get_image_features(**pictures, return_dict=True)
+        finally:
+            received = vars(self.tower_attention).pop("received")
+        received = torch.cat(received, -1).to(ids.device)
+        salience = self._salience(received, inputs, len(slots))
+        scores = torch.cat([*salience])
+        if len(scores) != len(slots):
+            raise ValueError(
+                f"{len(slots)} visual tokens must have one salience each, got {len(scores)}"
+            )
 
         # 3. Prune every view.
         kept = [select(view, self.prefill_sparsity) for view in salience]
         first = accumulate(map(len, salience), initial=0)
         index = torch.cat([start + chosen for start, chosen in zip(first, kept)])
         stays = ~visual
-        stays[places[index]], stays[end:] = True, False
+        stays[slots[index]], stays[context_end:] = True, False
 
         def rows(features):
-            chosen = torch.cat([part.flatten(0, -2) for part in features])[index]
+            flat = torch.cat([part.flatten(0, -2) for part in features])
+            chosen = flat[index.to(flat.device)]
             return chosen[None] if isinstance(features, Tensor) else [chosen]
 
         pruned = {"pooler_output": rows(encoded.pooler_output)}
@@ -208,53 +234,60 @@ class SparseVILA:
         positions = torch.arange(len(ids), device=ids.device)[None]
         if hasattr(model, "get_rope_index"):
             positions = model.get_rope_index(**inputs)[0][:, 0]
-        following = int(positions[:, :end].max()) + 1
+        next_position = int(positions[:, :context_end].max()) + 1
         positions = positions[:, stays]
         if self.positions == "contiguous":
             positions = contiguous(positions, visual[stays])
-            following = int(positions.max()) + 1
+            next_position = int(positions.max()) + 1
 
         # 5. Prefill once. Separators, whose salience is infinite, are text to the cache.
-        ids, found = ids[stays], visual[stays].nonzero()[:, 0]
-        found = found[torch.cat([*salience])[index].isfinite()]
+        ids, left = ids[stays], visual[stays].nonzero()[:, 0]
+        left = left[scores[index].isfinite()]
         ranks = getattr(self.model, "tp_size", None) or 1
         cache = Cache(layers=[
-            RetrievalLayer(found, self.decode_sparsity, window, ranks) for window in self.windows
+            RetrievalLayer(left, self.decode_sparsity, window, ranks) for window in self.windows
         ])  # fmt: skip
         types = {k: x[:, stays] for k, x in inputs.items() if k == "token_type_ids"}  # Gemma 3
         model(
             input_ids=ids[None], position_ids=_batched(positions), cache=cache, use_cache=True,
             mm_encoder_outputs={"image": type(encoded)(**pruned)}, **types,
         )  # fmt: skip
-        self.images, self.prompt, self.end, self.kept, self.cache = images, prompt, end, kept, cache
-        self.ids, self.places, self.next, self.turns = ids.tolist(), positions, following, []
+        self.images, self.prompt, self.kept, self.cache = images, prompt, kept, cache
+        self.context_end, self.ids, self.turns = context_end, ids.tolist(), []
+        self.context_positions, self.next_position = positions, next_position
 
     def ask(self, question: str, **generation) -> Answer:
-        """Answer a question. generation: arguments of `generate`, such as max_new_tokens, do_sample
-        and streamer. A call that fails or is interrupted leaves the session as it was."""
+        """Answer a question. generation: arguments of `generate`, such as max_new_tokens (20 unless
+        given), do_sample and streamer; one sequence, no beams, no assistant. A call that fails or
+        is interrupted leaves the session as it was."""
         # 1. Token ids and positions, those of the cache first.
         if self.cache is None:
             raise RuntimeError("nothing to ask about: call see(images) first")
-        tokenizer, (_, _, close, last) = self.processor.tokenizer, self.prompt
-        if not question.strip() or any(token in question for token in tokenizer.all_special_tokens):
+        tokenizer, question = self.processor.tokenizer, question.strip()
+        special = {*tokenizer.all_special_tokens, self.processor.image_token}
+        if not question or any(token in question for token in special):
             raise ValueError(f"a question must be text without special tokens, got {question!r}")
         if self.turns:
+            _, _, close, last = self.prompt
             new = tokenizer(close + question + last, add_special_tokens=False)["input_ids"]
         else:  # only the processor knows what its family writes between pictures and text
             inputs = self._inputs(self.prompt, self.images, question)
-            new = inputs["input_ids"][0, self.end :].tolist()
+            new = inputs["input_ids"][0, self.context_end :].tolist()
         ids = torch.tensor([self.ids + new], device=self.model.device)
-        axes, T = self.places.shape
-        after = torch.arange(ids.shape[1] - T, device=self.places.device) + self.next
-        positions = torch.cat([self.places, after.expand(axes, -1)], 1)
+        axes, T = self.context_positions.shape
+        after = torch.arange(ids.shape[1] - T, device=self.context_positions.device)
+        after = (after + self.next_position).expand(axes, -1)
+        positions = _batched(torch.cat([self.context_positions, after], 1))
 
-        # 2. Question, retrieval and answer; `generate` reads what the cache does not have.
+        # 2. Question, retrieval and answer; of ids and positions `generate` reads what is not in
+        #    the cache. (A question in chunks would be scored by its first one.)
         start = self.cache.get_seq_length()
         self._truncate(start, asked=True)
         try:
             out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), position_ids=_batched(positions),
-                cache=self.cache, **generation,
+                ids, attention_mask=torch.ones_like(ids), position_ids=positions, cache=self.cache,
+                use_cache=True, return_dict_in_generate=False, prefill_chunk_size=None,
+                **generation,
             )[0].tolist()  # fmt: skip
         except BaseException:
             self._truncate(start)
@@ -264,7 +297,7 @@ class SparseVILA:
         #    written again by the template.
         self._truncate(len(out) - 1)
         self.turns.append((self.ids, start))
-        stops = self.model.generation_config.eos_token_id
+        stops = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
         self.ids = out[:-1] if out[-1] in (stops if isinstance(stops, list) else [stops]) else out
         if self.protocol == "evaluation":
             self.forget()
@@ -283,7 +316,8 @@ class SparseVILA:
             layer.truncate(length, asked)
 
     def _prompt(self, pictures: int) -> list[str]:
-        """The text before a first question, behind it, behind an answer, behind later questions."""
+        """The text before a first question, behind one that was answered, behind an answer, and
+        behind a question that waits for one."""
         if self.template:
             tokens = "\n".join([self.processor.image_token] * pictures)
             text = self.template.replace("{image}", tokens)
@@ -292,16 +326,20 @@ class SparseVILA:
             chat = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
             chat[0]["content"] = [{"type": "image"}] * pictures + chat[0]["content"]
             text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        return re.split(r"\{question\}|\{answer\}", text)
+        parts = re.split(r"\{question\}|\{answer\}", text)
+        if len(parts) != 4:
+            raise ValueError(f"two questions and an answer must stand in a template, got {text!r}")
+        return parts
 
-    def _inputs(self, prompt: list[str], images: list, question: str = "") -> dict:
-        text, begin = prompt[0] + question + prompt[1], self.processor.tokenizer.bos_token
-        add = not (begin and text.startswith(begin))
+    def _inputs(self, prompt: list[str], images: list, question: str = ""):
+        text, begin = prompt[0] + question + prompt[-1], self.processor.tokenizer.bos_token
+        add = not (begin and text.startswith(begin))  # the template may write it
         return self.processor(text=text, images=images, return_tensors="pt", add_special_tokens=add)
 
-    def _salience(self, inputs: dict, tokens: int) -> list[Tensor]:
-        """What patches received -> salience of the visual tokens, (n,) for every view."""
-        model, received = self.model.model, torch.cat(self.last.received, -1)
+    def _salience(self, received: Tensor, inputs, tokens: int) -> Sequence[Tensor]:
+        """What patches (views, n) received -> salience of the visual tokens, (n,) for each view. A
+        merged token has the mean of its patches."""
+        model = self.model.model
         if "image_grid_thw" in inputs:  # Qwen: the patches of a token are neighbours
             tower, grid = model.visual, inputs["image_grid_thw"]
             merge = tower.spatial_merge_size
@@ -311,15 +349,25 @@ class SparseVILA:
                 order, _ = get_vision_window_index(grid, spatial_merge_size=merge, **edges)
                 blocks = blocks[order.argsort()]
             return blocks.split((grid.prod(1) // merge**2).tolist())
-        if "image_sizes" in inputs:  # LLaVA-NeXT: tiles side by side, padding cut off, separators
+        if hasattr(model, "image_newline"):  # LLaVA-NeXT: a picture's tiles side by side, unpadded
             tiles = inputs["pixel_values"].flatten(2).any(-1).sum(-1)  # the others are empty
-            parts, line = received[..., None].split(tiles.tolist()), torch.full((1,), math.inf)
-            packed, _ = model.pack_image_features(parts, inputs["image_sizes"], "default", line)
+            parts, line = (
+                received[..., None].split(tiles.tolist()),
+                received.new_full((1,), math.inf),
+            )
+            packed, _ = model.pack_image_features(
+                parts, inputs["image_sizes"], vision_feature_select_strategy="default",
+                image_newline=line,
+            )  # fmt: skip
             return [view[:, 0] for view in packed]
         views, patches = received.shape  # a token is a square of patches
         side, block = math.isqrt(patches), math.isqrt(patches * views // tokens)
+        if side**2 != patches or block**2 * tokens != views * patches:
+            raise ValueError(
+                f"{tokens} visual tokens must be squares of {views} x {patches} patches"
+            )
         squares = received.view(views, 1, side, side)
-        return [*torch.nn.functional.avg_pool2d(squares, block).flatten(1)]
+        return torch.nn.functional.avg_pool2d(squares, block).flatten(1)
 
 
 def _batched(positions: Tensor) -> Tensor:
@@ -335,7 +383,7 @@ def load_processor(name: str):
         kind = PROCESSOR_MAPPING[type(hf.AutoConfig.from_pretrained(name))]
 
         class Pictures(kind):
-            def __init__(self, image_processor, tokenizer, chat_template=None, **more):
+            def __init__(self, image_processor, tokenizer, chat_template=None, **more):  # its parts
                 super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)
 
         return Pictures.from_pretrained(name)

@@ -32,10 +32,11 @@ NAMES = {  # special tokens, and what processors call them
 }  # fmt: skip
 SPECIAL = [*NAMES.values(), *(f"<row_{row}_col_{column}>" for row in "12" for column in "12")]
 PAD, STOP, IMAGE = range(3)  # ids
+# As in LLaVA's template, what is before an answer differs from what asks for one.
 CHAT = """{%- for m in messages -%}{{ m.role ~ ': ' }}{%- for part in m.content -%}
 {%- if part.type == 'image' -%}{{ PICTURE }}{%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}{{ '</s>\n' if m.role == 'assistant' else '\n' }}{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{ 'assistant:' }}{%- endif -%}"""
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,

@@ -221,6 +221,24 @@ def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_a_method_of_ones_own_stands_beside_the_others(capsys, tmp_path):
+    """Here dense decoding under another name."""
+    file, figure = tmp_path / "own.py", tmp_path / "accuracy.svg"
+    file.write_text("from sparsevila import Dense\n\n\nclass Mine(Dense):\n    pass\n")
+    arguments = ["accuracy", "--methods", "dense", "blind", "--method", f"{file}:Mine"]
+    arguments += ["--questions", "2", "--seeds", "2", "--figure", str(figure), "--json"]
+    main(arguments)
+    methods = json.loads(capsys.readouterr().out.splitlines()[-1])["methods"]
+    assert set(methods) == {"dense", "blind", f"{file}:Mine"}
+    of_both = [
+        {column: x for column, x in methods[name].items() if not column.startswith("CPU")}
+        for name in ("dense", f"{file}:Mine")
+    ]
+    assert of_both[0] == of_both[1]
+    drawn = figure.read_text()
+    assert "<!-- Mine -->" in drawn and "<!-- In the table alone: blind. -->" in drawn
+
+
 def test_accuracy_of_two_methods(capsys, tmp_path):
     file = tmp_path / "accuracy.png"
     main(
@@ -292,7 +310,9 @@ def test_a_needle_is_on_its_page_and_on_no_other(seed, pages, data):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["accuracy", "--methods", "magic"], "invalid choice: 'magic'"),
+        (["accuracy", "--methods", "magic"], "no row 'magic': `python -m bench accuracy --help`"),
+        (["accuracy", "--method", "magic"], "FILE:CLASS, got 'magic': no file ''"),
+        (["accuracy", "--method", f"{__file__}:SMALL"], "hold a SparseVILA class 'SMALL', got"),
         (["accuracy", "--seeds", "1"], "--seeds must be at least 2"),
         (["accuracy", "--questions", "3"], "--questions at least as many"),
         (["needle", "--clips", "0"], "positive integer, got '0'"),

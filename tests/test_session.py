@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageStat
 
 from checkpoints.processor import TextStream
-from sparsevila import Answer, Dense, SparseVILA
+from sparsevila import Answer, Dense, RetrievalCache, SparseVILA
 from tools import ask, command, quantise
 from tools.overlay import overlay
 
@@ -117,14 +118,37 @@ def test_a_session_refuses_settings_out_of_range(tiny, options, message):
         SparseVILA(*tiny, **options)
 
 
-@pytest.mark.parametrize("index", [[5, 3], [3, 3], [398, 400], [-1, 3]])
-def test_a_prune_of_ones_own_must_keep_the_order_and_the_range(tiny, page, index):
+@pytest.mark.parametrize(
+    "features, index",
+    [
+        (2, [[5, 3]]), (2, [[3, 3]]), (2, [[398, 400]]), (2, [[-1, 3]]),
+        (3, [[3, 5]]), (2, []), (2, [[3, 5], [3, 5]]),
+    ],
+)  # fmt: skip
+def test_a_wrong_prune_of_ones_own_is_named(tiny, page, features, index):
     class Odd(SparseVILA):
-        def prune(self, features, salience):
-            return [x[:2] for x in features], [torch.tensor(index)]
+        def prune(self, views, salience):
+            return [x[:features] for x in views], [torch.tensor(i) for i in index]
 
-    with pytest.raises(ValueError, match="kept tokens must be ascending and below 400"):
+    message = r"prune must return features and ascending indices below n, of 1 views each, got \["
+    with pytest.raises(ValueError, match=message + f"{features}"):
         Odd(*tiny).see(page)
+
+
+@pytest.mark.parametrize("shape", [(99,), (100, 1), (2, 100), ()])
+def test_a_wrong_score_of_ones_own_is_named(tiny, page, shape):
+    class Odd(SparseVILA):
+        class cache_type(RetrievalCache):
+            def score(self, q, k):
+                return torch.zeros(shape)
+
+    session = Odd(*tiny)
+    session.see(page)
+    length = session.cache.length
+    message = f"score must return relevance of shape (100,), got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        session.ask("what?")
+    assert session.cache.length == length
 
 
 def test_a_diverged_model_is_named_not_ranked(tiny, page):

@@ -68,8 +68,8 @@ CUT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # 
 class Listening(SparseVILA):
     """Keeps what `_salience` was given and what it returned."""
 
-    def _salience(self, inputs, tokens):
-        self.inputs, self.salience = inputs, super()._salience(inputs, tokens)
+    def _salience(self, received, inputs, tokens):
+        self.inputs, self.salience = inputs, super()._salience(received, inputs, tokens)
         return self.salience
 
 
@@ -105,7 +105,9 @@ def test_original_positions_change_nothing_when_all_stay(pair):
     ]
     for session in sessions:
         session.see(pictures(2))
-    assert sessions[0].places.equal(sessions[1].places) and sessions[0].next == sessions[1].next
+    first, second = sessions
+    assert first.context_positions.equal(second.context_positions)
+    assert first.next_position == second.next_position
 
 
 def test_a_conversation_is_one_prompt(pair):
@@ -137,7 +139,7 @@ def test_pruned_is_masked(kind):
     model, processor = make(kind, **({"sliding_window": 4096} if kind == "gemma3" else {}))
     session = Listening(model, processor, prefill_sparsity=0.5, positions="original")
     session.see(pictures(2))
-    inputs = {k: x[:, : session.end] if k in CUT else x for k, x in session.inputs.items()}
+    inputs = {k: x[:, : session.context_end] if k in CUT else x for k, x in session.inputs.items()}
     first = accumulate(map(len, session.salience), initial=0)
     kept = torch.cat([start + chosen for start, chosen in zip(first, session.kept)])
     ids = inputs["input_ids"][0]
@@ -374,14 +376,15 @@ def test_the_two_lengths_of_a_layer():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_definition_in_place_of_the_kernels(causal, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kernels", None)
+def test_the_definition_in_place_of_the_kernels(causal, monkeypatch, tmp_path):
     source = (ROOT / "examples" / "transformers_vlm.py").read_text()
-    names: dict = {"__file__": str(ROOT / "elsewhere" / "transformers_vlm.py"), "__name__": "copy"}
+    names: dict = {"__file__": str(tmp_path / "a" / "transformers_vlm.py"), "__name__": "copy"}
+    monkeypatch.setitem(sys.modules, "sparsevila_kernels", None)  # is not asked for
     exec(compile(source, "copy", "exec"), names)
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
     expected = kernels.attention_colsum_reference(q.double(), k.double(), causal=causal, scale=0.7)
-    assert names["attention_colsum"] is not kernels.attention_colsum
+    assert names["attention_colsum"].__module__ == "copy"
+    assert transformers_vlm.attention_colsum.__module__ == "sparsevila_kernels"
     assert close(names["attention_colsum"](q, k, causal=causal, scale=0.7), expected, 1e-6)
 
 
@@ -403,31 +406,91 @@ def test_contiguous_positions_close_gaps_and_keep_order():
     ]
 
 
+LINEAR = {"num_experts": 2, "layer_types": ["linear_attention", "full_attention"] * 2}
+SHARED = {
+    "num_kv_shared_layers": 2, "layer_types": ["full_attention"] * 4, "altup_num_inputs": 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 290, "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "changes, found",
+    "kind, changes, found",
     [
-        ({"model_type": "mistral", "sliding_window": 4096}, "got 4, DynamicSlidingWindowLayer"),
-        (
-            {
-                "model_type": "qwen3_next",
-                "num_experts": 2,
-                "layer_types": ["linear_attention", "full_attention"] * 2,
-            },
-            "Linear",
-        ),
+        ("mistral", {"sliding_window": 4096}, "DynamicSlidingWindowLayer$"),
+        ("qwen3_next", LINEAR, "Linear"),
+        ("gemma3n_text", SHARED, "DummyLayer, DynamicLayer"),
     ],
 )
-def test_decoders_that_cannot_retrieve_are_refused(changes, found):
-    with pytest.raises(ValueError, match=f"keys and values of their own.*{found}"):
-        SparseVILA(*make("llava", **changes))
+def test_decoders_that_cannot_retrieve_are_refused(kind, changes, found):
+    with pytest.raises(ValueError, match=f"keys and values of its own.*{found}"):
+        SparseVILA(*make("llava", model_type=kind, **changes))
 
 
 @pytest.mark.parametrize("question", ["", " ", "what is <image>?", "</s>"])
 def test_questions_that_are_none_are_refused(question):
     session = SparseVILA(*make("llava"))
+    with pytest.raises(RuntimeError, match="call see"):
+        session.ask("what?")
     session.see(pictures(1))
     with pytest.raises(ValueError, match="a question must be text without special tokens"):
         session.ask(question)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prefill_sparsity": 1},
+        {"decode_sparsity": -0.1},
+        {"positions": "new"},
+        {"protocol": "chat"},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"must be in .* got .*{[*settings.values()][0]}"):
+        SparseVILA(*make("llava"), **settings)
+    with pytest.raises(ValueError, match="two questions and an answer must stand in a template"):
+        SparseVILA(*make("llava"), template="{image}{question}").see(pictures(1))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"return_dict_in_generate": True}, {"prefill_chunk_size": 4}, {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2}, {"num_beams": 2},
+    ],
+)  # fmt: skip
+def test_arguments_of_generate_that_would_be_wrong_are_refused(pair, argument):
+    """And leave the session as it was."""
+    session = SparseVILA(*pair, prefill_sparsity=0.5, decode_sparsity=0.5)
+    session.see(pictures(1))
+    expected, scores = asked(session, QUESTIONS[0])
+    session.forget()
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        session.ask(QUESTIONS[0], **NO_SPECIAL, **argument)
+    answer, others = asked(session, QUESTIONS[0])
+    assert answer.token_ids == expected.token_ids and scores.equal(others)
+
+
+def test_a_stop_token_of_one_call_is_written_again_by_the_template(pair):
+    """Any other last token is one that the cache does not have yet."""
+    session = SparseVILA(*pair, prefill_sparsity=0.5)
+    session.see(pictures(1))
+    answer = session.ask("what?", **NO_SPECIAL)
+    assert len(session.ids) == session.cache.get_seq_length() + 1
+    session.forget()
+    stop = answer.token_ids[2]
+    answer = session.ask("what?", **NO_SPECIAL, eos_token_id=[stop])
+    assert answer.token_ids[-1] == stop and len(session.ids) == session.cache.get_seq_length()
+
+
+def test_a_tower_that_fails_is_overheard_no_longer():
+    model, processor = make("llava")
+    session = SparseVILA(model, processor)
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model.multi_modal_projector, "linear_1", torch.nn.Linear(1, 1))
+        session.see(pictures(1))
+    assert not hasattr(session.tower_attention, "received")
 
 
 # --- more than one device -------------------------------------------------------------------------
