@@ -174,8 +174,7 @@ class RetrievalCache(KVCache):
         if self.scoring:
             relevance = self.score(q, self.k[layer][:, :, : self.filled[layer]])
             if relevance.shape != self.visual.shape:
-                wanted, found = tuple(self.visual.shape), tuple(relevance.shape)
-                raise ValueError(f"score must return relevance of shape {wanted}, got {found}")
+                raise ValueError(f"score must return {self.visual.shape}, got {relevance.shape}")
             self.relevance.append(relevance)  # layers come in order
         return out
 

@@ -145,7 +145,7 @@ def test_a_wrong_score_of_ones_own_is_named(tiny, page, shape):
     session = Odd(*tiny)
     session.see(page)
     length = session.cache.length
-    message = f"score must return relevance of shape (100,), got {shape}"
+    message = f"score must return {torch.Size([100])}, got {torch.Size(shape)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         session.ask("what?")
     assert session.cache.length == length
