@@ -1,6 +1,7 @@
 """What tests/conformance tells about bad input, and that its files are what its script makes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_right_results_exit_with_zero(results, capsys):
         (lambda t: t | {NAME: t[NAME].double()}, "dtype must be float32, got float64"),
         (lambda t: t | {NAME: t[NAME] * torch.nan}, "1 NaN"),
         (lambda t: t | {NAME: t[NAME] + torch.inf}, "inf in place of"),
-        (lambda t: t | {NAME: t[NAME] + 1e-3}, "1 of 1 wrong, the first at 0"),
+        (lambda t: t | {NAME: t[NAME] + 1e-3}, "1 of 1 wrong, the first at (0, 0, 0)"),
         (lambda t: {n: v for n, v in t.items() if n != NAME}, f"{NAME}: missing"),
         (lambda t: t | {"attention_lse/0/lze": torch.ones(1)}, "no case: 'attention_lse/0/lze'"),
         (lambda t: t | {"lse": torch.ones(1)}, "no case: 'lse'"),
@@ -234,23 +235,68 @@ def test_a_changed_copy_of_our_files_meets_its_own_neighbours(tmp_path):
         CHECKS["RetrievalCache"][0](Lab(theirs))
 
 
-def test_the_documented_adapter(monkeypatch, tmp_path):
-    """The README's adapter, with a stand-in that does what flash-colreduce says of itself."""
+def test_the_documented_adapter(tmp_path):
+    """The README's adapter around the published package, and what the README says of it."""
     text = (ROOT / "tests" / "conformance" / "README.md").read_text()
     adapter = text.split("```python\n")[1].split("```")[0]
-    (tmp_path / "flash_colreduce.py").write_text(
-        "def flash_colreduce(q, k, reduction, is_causal=False, scale=None):\n"
-        "    import torch\n"
-        "    scale = q.shape[3] ** -0.5 if scale is None else scale\n"
-        "    scores = scale * q @ k.mT\n"
-        "    if is_causal:\n"
-        "        M, N = scores.shape[2:]\n"
-        "        mask = torch.ones(M, N, dtype=torch.bool).tril(N - M)\n"
-        "        scores = scores.masked_fill(~mask, -torch.inf)\n"
-        "    return scores.softmax(-1).nan_to_num(0).sum(2)\n"
+    on_a_cpu = "from flash_colreduce import naive_colreduce as flash_colreduce  #"
+    file = tmp_path / "adapter.py"
+    file.write_text(adapter.replace("from flash_colreduce import flash_colreduce  #", on_a_cpu))
+    status, printed = run("pytest", "-q", "-rs", "tests/conformance", "--impl", str(file))
+    assert status == 1 and "it has no argument for the rows' log-sum-exp" in printed, printed
+    assert "1 failed, 3 passed" in printed
+    assert (
+        "attention_colsum: the_attention_that_every_key_receives\n    B 2, H 4, G 2, M 9, N 5"
+        in printed
     )
-    (tmp_path / "adapter.py").write_text(adapter)
-    status, printed = run(
-        "pytest", "-q", "-rs", "tests/conformance", "--impl", str(tmp_path / "adapter.py")
+
+
+WRONG = """
+import torch
+
+
+def attention_colsum(q, k, *, causal=False, scale=None, lse=None):  # masked from the first key on
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
+    scores = q.float() @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1).sum(2)
+
+
+def keep_count(n, sparsity):
+    return n
+"""
+
+
+def test_what_is_wrong_is_said_in_the_order_of_computation(tmp_path):
+    (tmp_path / "mine.py").write_text(WRONG)
+    status, printed = run("pytest", "tests/conformance", "--impl", str(tmp_path / "mine.py"))
+    end = printed.split("wrong, in the order of computation")[1].splitlines()[1:]
+    named = [line.split(":")[0] for line in end if line[:1].isalpha() and ": " in line]
+    assert status == 1 and "Traceback" not in printed
+    assert named[:1] == ["attention_colsum"] and "keep_count" in named
+    assert named.index("keep_count") > max(
+        i for i, x in enumerate(named) if x == "attention_colsum"
     )
-    assert status == 0 and "it has no argument for the rows' log-sum-exp" in printed, printed
+    assert any(line.startswith("    usual reasons: mask aligned top-left") for line in end)
+    assert any(
+        re.search(r" in place of .* at \(\d+, \d+, \d+\), allowed are ", line) for line in end
+    )
+    assert "Start with attention_colsum: what comes after it may build on it." in end
+
+
+def test_an_lse_that_is_not_used_is_noted(tmp_path):
+    """In Python; files, which give the right lse, cannot show it."""
+    right = WRONG.split("def keep_count")[0].replace(".tril()", ".tril(k.shape[2] - q.shape[2])")
+    right = right.replace(".softmax(-1)", ".softmax(-1).nan_to_num(0)")
+    (tmp_path / "mine.py").write_text(right)
+    status, printed = run("pytest", "tests/conformance", "--impl", str(tmp_path / "mine.py"))
+    assert status == 0 and "wrong" not in printed, printed
+    assert (
+        printed.count("note: attention_colsum does not use lse=: right, but it saves no pass") == 1
+    )
+    folder = tmp_path / "results"
+    run("tests.conformance.run", str(folder), "--impl", str(tmp_path / "mine.py"))
+    status, printed = run("tests.conformance.check", str(folder))
+    assert status == 0 and "attention_colsum" in printed

@@ -48,6 +48,11 @@ def expectations(folder: Path = FOLDER) -> tuple[list[dict], dict[str, Tensor]]:
     return manifest, load_file(folder / "vectors.safetensors")
 
 
+def place_of(number: int, x: Tensor) -> tuple[int, ...]:
+    """The index of the element that is this far into a tensor, row by row."""
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(number), x.shape))
+
+
 def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | None:
     """What is wrong with a result, None if nothing is."""
     expected = vectors[place["tensor"]]
@@ -72,7 +77,7 @@ def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | 
     at = int(wrong.flatten().int().argmax())
     limit = float(allowed.expand(expected.shape).flatten()[at])
     return (
-        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {at}: "
+        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {place_of(at, got)}: "
         f"{got.flatten()[at].item():.9g} in place of {expected.flatten()[at].item():.9g}, "
         f"allowed are {limit:.3g}"
     )

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except ValueError as error:
         raise pytest.UsageError(" ".join(str(error).split())) from None
     config.lab = Lab(operations, device, tuple(DTYPES[name] for name in names))
+    if config.getoption("impl") and config.option.tbstyle == "auto":
+        config.option.tbstyle = "no"  # `pytest_terminal_summary` says it in a line each
 
 
 def pytest_report_header() -> str | None:
@@ -82,6 +85,50 @@ def pytest_report_header() -> str | None:
     if INTERPRETED:
         return "Triton's interpreter cuts bfloat16 off: results may be wrong by twice as much"
     return None
+
+
+def usual_reasons(operation: str, check: Callable[[Lab], None]) -> list[str]:
+    """Mistakes of mutants.py that the check rejects."""
+    from .mutants import MUTANTS
+
+    ours, reasons = load_implementation(None), []
+    for mistake, implementation in MUTANTS[operation].items():
+        try:
+            check(Lab(ours | {operation: implementation}, dtypes=(torch.float32,)))
+        except AssertionError:
+            reasons.append(mistake)
+        except Exception:  # not this check's business
+            pass
+    return reasons
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """What is wrong with somebody's implementation: a line for each check, in the order of
+    computation, and what is most often the reason."""
+    if not config.getoption("impl"):
+        return
+    failed = {report.nodeid: report for report in terminalreporter.getreports("failed")}
+    first = None
+    for operation, group in CHECKS.items():
+        for check in group:
+            name = f"{operation}: {check.__name__}"
+            report = next((r for node, r in failed.items() if node.endswith(f"[{name}]")), None)
+            if report is None:
+                continue
+            if first is None:
+                first = operation
+                terminalreporter.section("wrong, in the order of computation")
+            crash = getattr(report.longrepr, "reprcrash", None)
+            words = crash.message if crash else str(report.longrepr)
+            reasons = usual_reasons(operation, check)
+            terminalreporter.line(name)
+            terminalreporter.line("    " + words.removeprefix("AssertionError: ").splitlines()[0])
+            if reasons:
+                terminalreporter.line("    usual reasons: " + "; ".join(reasons))
+    if first:
+        terminalreporter.line(f"Start with {first}: what comes after it may build on it.")
+    for note in dict.fromkeys(config.lab.notes):
+        terminalreporter.line(f"note: {note}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -492,7 +492,6 @@ MUTANTS: dict[str, dict[str, Any]] = {  # operation -> mistake -> implementation
         "head size cut to 80": lambda q, k, **o: colsum(
             q[..., :80], k[..., :80], **{"scale": q.shape[3] ** -0.5} | o
         ),
-        "a given lse ignored": lambda q, k, lse=None, **o: colsum(q, k, **o),
         "scores in bfloat16": partial(colsum, scores_in=torch.bfloat16),
         "sums in bfloat16": partial(colsum, sums_in=torch.bfloat16),
         "sums in float16": partial(colsum, sums_in=torch.float16),
