@@ -10,8 +10,9 @@
     python -m bench make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
     python -m bench versus FOLDER             our dense decoding beside Hugging Face transformers'
     python -m bench adapter                   its own generate beside examples/transformers_vlm.py
+    python -m bench real MODEL --image FILE   a real checkpoint, by us and by transformers
 
-`versus`, `adapter` and `speed --versus transformers` need transformers installed, `--figure`
+`versus`, `adapter`, `real` and `speed --versus transformers` need transformers, `--figure`
 matplotlib. To see the stages of a model, give its folder to `python sparsevila.py --model`.
 """
 

@@ -4,7 +4,19 @@ import argparse
 
 from tools import command
 
-from . import accuracy, adapter, awq, kernels, load, needle, quantised, random_models, speed, versus
+from . import (
+    accuracy,
+    adapter,
+    awq,
+    kernels,
+    load,
+    needle,
+    quantised,
+    random_models,
+    real,
+    speed,
+    versus,
+)
 
 COMMANDS = {
     "speed": (speed, "dense and sparse, stage by stage, random weights"),
@@ -16,6 +28,7 @@ COMMANDS = {
     "load": (load, "memory and time of loading 10^9 weights"),
     "make": (random_models, "a checkpoint of random weights in a real model's shape"),
     "versus": (versus, "dense decoding beside transformers'"),
+    "real": (real, "a real checkpoint by us and by transformers, in one file"),
     "adapter": (adapter, "transformers' generate with and without examples/transformers_vlm.py"),
 }
 

@@ -516,27 +516,35 @@ def _print_ratios(result: dict) -> None:
         print(f"break-even length of an answer, {which.replace('_', ' ')}: sparsity pays {text}")
 
 
+BARS = {  # stages drawn as one, and their colours, from dark to light in grey as well
+    "vision": (("vision",), "#440154"),
+    "prefill": (("salience", "prune", "prefill"), "#3b528b"),
+    "question": (("question",), "#21918c"),
+    "retrieve": (("scoring", "packing"), "#5ec962"),
+    "decode": (("decode",), "#fde725"),
+}
+
+
 def draw_speed(result: dict, file: str) -> None:
-    """Seconds by stage, dense above sparse; short ones are to be read in the legend."""
+    """Seconds by stage, dense above sparse: names in the bars that are wide enough, all numbers
+    below them."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(10, 3.6))
-    hatches, left = ("", "//", "..", "\\\\", "xx", "++", "oo", "--"), {"dense": 0.0, "sparse": 0.0}
-    for stage, hatch, shade in zip(STAGES, hatches, range(len(STAGES))):
-        seconds = {name: result[name][stage] / 1000 for name in left}
-        for name, width in seconds.items():
-            label = f"{stage}: {seconds['dense']:.2f}, {seconds['sparse']:.2f} s"
-            axes.barh(
-                name, width, left=left[name], hatch=hatch, edgecolor="black", height=0.6,
-                color=str(0.95 - 0.08 * shade), label=label if name == "dense" else None,
-            )  # fmt: skip
-            left[name] += width
-    for name, end in left.items():
-        axes.text(end, name, f" {end:.1f} s", va="center")
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(left.values()))
-    axes.set_xlabel(f"seconds, {result['preset']}, {result['visual_tokens']:,} visual tokens")
-    axes.legend(
-        title="stage: dense, sparse", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1),
-        frameon=False,
-    )  # fmt: skip
+    figure, axes = plt.subplots(figsize=(10, 3))
+    whole = max(sum(result[name][s] for s in STAGES) for name in ("dense", "sparse")) / 1000
+    for row, name in enumerate(("dense", "sparse")):
+        left, words = 0.0, []
+        for bar, (stages, colour) in BARS.items():
+            width = sum(result[name][stage] for stage in stages) / 1000
+            axes.barh(row, width, left=left, height=0.5, color=colour, edgecolor="black")
+            if width > 0.01 * len(bar) * whole:
+                text = "white" if bar in ("vision", "prefill", "question") else "black"
+                axes.text(left + width / 2, row, bar, color=text, ha="center", va="center", size=11)
+            words.append(f"{bar} {width:.2f}")
+            left += width
+        axes.text(left, row, f" {left:.1f} s", va="center")
+        axes.text(0, row + 0.4, ", ".join(words), fontsize=11, va="center")
+    axes.set_yticks([0, 1], ["dense", "sparse"])
+    axes.set_ylim(1.6, -0.4)
+    axes.set_xlim(0, 1.12 * whole)
+    axes.set_xlabel(f"seconds, {result['visual_tokens']:,} visual tokens")
     figure.savefig(file, dpi=110, bbox_inches="tight")

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -219,6 +219,22 @@ def test_wrong_arguments_are_one_line(option, value, words, capsys):
 
 def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+def test_a_checkpoint_by_us_and_by_transformers(name, capsys, tmp_path):
+    """What verify_real.sh runs, on a golden checkpoint; the file says what was printed."""
+    folder, file = ROOT / "tests" / "golden" / name, tmp_path / "real.json"
+    page = str(TINY / "samples" / "receipt.png")
+    main(["real", str(folder), "--image", page, page, "--tokens", "5", "--out", str(file)])
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert result["answers"] == 6 and len(result["turns"]) == 4 * 6
+    assert result["same_tokens"]["dense = transformers, dense"] == 6
+    assert result["same_tokens"]["sparse = transformers, sparse"] == 6
+    different = result["same_tokens"]["dense = sparse"]
+    assert f"dense = sparse: the same tokens in {different} of 6 answers" in printed
+    script = (ROOT / "verify_real.sh").read_text()
+    assert "python -m bench real" in script and "--out verify_real.json" in script
 
 
 def test_a_method_of_ones_own_stands_beside_the_others(capsys, tmp_path):

@@ -39,7 +39,7 @@ def commands() -> list[str]:
     """All commands of all pages, in blocks and in running text, one by one."""
     pages = "\n\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     lines = re.sub(r"\\\n\s*", "", "\n".join(blocks(text=pages))).splitlines()
-    lines += [" ".join(c.split()) for c in re.findall(r"`((?:python|pytest) [^`]+)`", pages)]
+    lines += [" ".join(c.split()) for c in re.findall(r"`((?:python|pytest|bash) [^`]+)`", pages)]
     single = [part.split("  #")[0].strip() for line in lines for part in line.split(" && ")]
     starts = ("python ", "pytest", "pip ", "ruff ", "bash ", "jupyter ")
     return [part for part in dict.fromkeys(single) if part.startswith(starts)]
@@ -83,6 +83,7 @@ ELSEWHERE = {
     "ruff format --check .": ".ci/run",
     "pytest": ".ci/run",
     "bash .ci/run": None,  # runs this test
+    "bash verify_real.sh": None,  # needs a network; the command in it: tests/test_bench.py
     "pytest tests/test_mutants.py": "tests/test_mutants.py",
     "pytest tests/test_golden.py": "tests/test_golden.py",
     "jupyter nbconvert --to notebook --execute --inplace "
