@@ -86,11 +86,12 @@ def test_every_section_has_picture_formula_check_and_exercise(saved):
         assert prose.count("</details>") == 1, number
 
 
-def test_every_picture_has_its_words_in_the_cell_below(saved):
+def test_every_picture_has_a_caption_below_and_a_description(saved):
     cells = saved.cells
     for cell, below in zip(cells, cells[1:]):
         if cell.cell_type == "code" and texts(cell, "image/png"):
             assert below.source.startswith("*Picture: "), cell.source[-200:]
+            assert len(cell.metadata["alt"].split()) > 12, "a description for who does not see it"
 
 
 def test_it_imports_and_does_not_write_again(saved):

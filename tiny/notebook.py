@@ -23,19 +23,24 @@ from checkpoints.processor import open_picture
 
 from .scenes import GRID, Page, sample_pages
 
-plt.rcParams |= {"figure.dpi": 75, "font.size": 12, "image.cmap": "cividis"}
+plt.rcParams |= {"figure.dpi": 110, "font.size": 12, "image.cmap": "cividis"}
+ORANGE = "#ff7f0e"  # of what the method adds
 
 # --- words ----------------------------------------------------------------------------------------
 
 
-def show(*things: Any) -> None:
-    """Print the source of functions and classes, without their docstrings."""
+def show(*things: Any, folded: str = "") -> None:
+    """Print the source of functions and classes, without their docstrings; folded: a line to open
+    it by."""
     for thing in things:
         code = textwrap.dedent(inspect.getsource(getattr(thing, "fn", thing)))
         first, lines = ast.parse(code).body[0].body[0], code.splitlines()
         if isinstance(first, ast.Expr):  # the docstring
             del lines[first.lineno - 1 : first.end_lineno]
-        display(Markdown("```python\n" + "\n".join(lines) + "\n```"))
+        text = "```python\n" + "\n".join(lines) + "\n```"
+        if folded:
+            text = f"<details><summary>{folded}</summary>\n\n{text}\n\n</details>"
+        display(Markdown(text))
 
 
 def check(claim: str, holds: Any) -> None:
@@ -81,6 +86,32 @@ def sample() -> tuple[Image.Image, Page, list[int]]:
 # --- pictures -------------------------------------------------------------------------------------
 
 
+def draw_chain() -> None:
+    """The three networks, and in orange what SparseVILA adds."""
+    figure, axes = plt.subplots(figsize=(10, 2.6))
+    boxes = {  # left, bottom, width
+        "picture": (0, 1, 1.2), "vision tower": (1.7, 1, 1.6), "prune": (3.8, 1, 1),
+        "projector": (5.3, 1, 1.4), "decoder": (7.2, 1, 1.3), "answer": (9, 1, 1.1),
+        "retrieve": (7.2, 0, 1.3), "KV cache": (5.3, 0, 1.4), "question": (7.2, 2, 1.3),
+    }  # fmt: skip
+    for name, (left, bottom, width) in boxes.items():
+        colour = ORANGE if name in ("prune", "retrieve") else "0.92"
+        place = (left, bottom + 0.2)
+        axes.add_patch(plt.Rectangle(place, width, 0.6, facecolor=colour, edgecolor="black"))
+        axes.text(left + width / 2, bottom + 0.5, name, ha="center", va="center")
+    arrows = [((a, 1.5), (b, 1.5)) for a, b in ((1.2, 1.7), (3.3, 3.8), (4.8, 5.3), (6.7, 7.2))]
+    arrows += [((8.5, 1.5), (9, 1.5)), ((7.85, 2.2), (7.85, 1.8)), ((7.85, 0.8), (7.85, 1.2))]
+    arrows += [((6.7, 0.5), (7.2, 0.5)), ((7.2, 1.3), (6.4, 0.8))]
+    for start, end in arrows:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->"})
+    axes.text(4.3, 0.85, "once per picture", ha="center", color="0.3", size=10)
+    axes.text(8.6, 0.5, "once per question", va="center", color="0.3", size=10)
+    axes.set_xlim(-0.1, 10.6)
+    axes.set_ylim(0, 3)
+    axes.axis("off")
+    plt.show()
+
+
 def number_patches(axes: Axes) -> None:
     """Every fifth row and column of patches, from 0."""
     for axis in (axes.xaxis, axes.yaxis):
@@ -105,7 +136,7 @@ def draw_page(axes: Axes, picture: Image.Image, title: str, dropped: Iterable[in
 
 def draw_pages(picture: Image.Image, dropped: dict[str, Iterable[int]]) -> None:
     """The picture once for each title, the patches of that title dark."""
-    figure, panels = plt.subplots(1, len(dropped), figsize=(15, 4.2), squeeze=False)
+    figure, panels = plt.subplots(1, len(dropped), figsize=(12, 3.5), squeeze=False)
     for axes, (title, patches) in zip(panels[0], dropped.items()):
         draw_page(axes, picture, title, patches)
     panels[0, 0].set_ylabel("row of patches")
@@ -182,7 +213,7 @@ def draw_bars(bars: dict[str, dict[str, float]], y: str, top: float) -> None:
     labels = list(next(iter(bars.values())))
     width = 0.76 / len(labels)
     for number, label in enumerate(labels):
-        shade = str(0.8 - 0.5 * number / max(len(labels) - 1, 1))
+        shade = ("#9ecae1", "#08519c")[number]  # light and dark, in grey as well
         places = [i + width * number for i in range(len(bars))]
         heights = [group[label] for group in bars.values()]
         drawn = axes.bar(places, heights, 0.95 * width, color=shade, edgecolor="black", label=label)
@@ -205,7 +236,7 @@ def draw_cache(rows: list[Tensor], parts: dict[str, tuple[int, int]]) -> None:
     axes.set_yticks(range(1, len(rows) + 1))
     for name, (start, stop) in parts.items():
         axes.axvline(start, color="black", linestyle=":")
-        axes.text((start + stop) / 2, 0.35, name, ha="center", va="bottom", fontsize=11)
+        axes.text((start + stop) / 2, 0.35, name, ha="center", va="bottom", fontsize=9)
     axes.set_xlabel("row of the cache")
     axes.set_ylabel("layer")
     plt.show()
@@ -231,7 +262,7 @@ def draw_channels(values: dict[str, Tensor]) -> None:
     """A bar for every channel, one chart for each of the values."""
     figure, panels = plt.subplots(1, len(values), figsize=(12, 3.6))
     for axes, (name, heights) in zip(panels, values.items()):
-        axes.bar(range(len(heights)), heights, color="0.3", width=1)
+        axes.bar(range(len(heights)), heights, color="#08519c", width=1)
         axes.set_ylabel(name)
         axes.set_xlabel("input channel of the MLP")
     plt.tight_layout()
@@ -242,7 +273,7 @@ def draw_stages(seconds: dict[str, list[float]], names: list[str], y: str) -> No
     """Stacked horizontal bars: seconds of each stage, a bar for each name."""
     figure, axes = plt.subplots(figsize=(10, 3.4))
     left = [0.0] * len(names)
-    looks = zip(("0.95", "0.75", "0.5", "0.25"), ("", "//", "", ".."))
+    looks = zip(("#440154", "#31688e", "#35b779", "#fde725"), ("", "//", "", ".."))
     for (stage, widths), (shade, hatch) in zip(seconds.items(), looks):
         style = {"color": shade, "hatch": hatch, "edgecolor": "black", "height": 0.6}
         axes.barh(names, widths, left=left, label=stage, **style)
