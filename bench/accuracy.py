@@ -357,7 +357,7 @@ def draw_accuracy(result: dict, file: str) -> None:
     `CURVES`, labelled at their lines, the dense model as a dotted one, and methods of one's own as
     stars; a line below names all that are in the table alone."""
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     looks = zip(CURVES, ("C0", "C2", "C4", "C1", "0.5"), "os^Dx")
     methods = result["methods"]
     for curve, colour, marker in looks:
@@ -368,7 +368,8 @@ def draw_accuracy(result: dict, file: str) -> None:
         x = [point["attended"][0] for point in points]
         y, error = zip(*(point["later turns"] for point in points))
         left.errorbar(x, y, error, color=colour, marker=marker, capsize=3)
-        left.annotate(curve, (x[-1], y[-1]), (8, -14), "data", "offset points", color=colour)
+        place = (8, -30) if curve == "retrieval only" else (8, -14)  # it ends beside another
+        left.annotate(curve, (x[-1], y[-1]), place, "data", "offset points", color=colour)
     own = [name for name in methods if name not in METHODS]
     for name in own:
         x, (y, error) = methods[name]["attended"][0], methods[name]["later turns"]

@@ -25,9 +25,9 @@ from tools import quantise
 from . import TINY, machine, positive, show_progress
 from .accuracy import LOOKUPS, Method, measure
 
-EQUIVALENTS = 16  # models with the same function, for the last table
+EQUIVALENTS = 8  # models with the same function, for the last table
 CALIBRATION_TURNS = 32
-SCENES = 1000  # for a divergence; half as many for each of the equivalent models
+SCENES = 400  # for a divergence; half as many for each of the equivalent models
 NEAREST = {"grid": 1, "clip": False}
 # name: (arguments of awq.quantize or None, is the tower quantised too, are outliers planted before)
 VARIANTS = {
