@@ -73,6 +73,12 @@ class Listening(SparseVILA):
         return self.salience
 
 
+@pytest.fixture(autouse=True)
+def own_attention():
+    """Of the copies of the file that tests have run, this one's."""
+    hf.AttentionInterface.register("sparsevila", transformers_vlm.attention)
+
+
 @pytest.fixture(scope="module", params=PICTURE)
 def pair(request):
     return make(request.param)
