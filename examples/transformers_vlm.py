@@ -375,18 +375,24 @@ def _batched(positions: Tensor) -> Tensor:
     return positions if len(positions) == 1 else positions[:, None]
 
 
+def without_videos(kind: type) -> type:
+    """A processor class without its part for videos, which needs torchvision."""
+
+    class Pictures(kind):  # transformers reads from this signature which parts there are
+        def __init__(self, image_processor, tokenizer, chat_template=None, **more):
+            super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)
+
+    Pictures.__name__ = kind.__name__
+    return Pictures
+
+
 def load_processor(name: str):
-    """AutoProcessor's, without its part for videos where torchvision is missing."""
+    """AutoProcessor's, or where torchvision is missing, the same for pictures alone."""
     try:
         return hf.AutoProcessor.from_pretrained(name)
     except ImportError:
         kind = PROCESSOR_MAPPING[type(hf.AutoConfig.from_pretrained(name))]
-
-        class Pictures(kind):
-            def __init__(self, image_processor, tokenizer, chat_template=None, **more):  # its parts
-                super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)
-
-        return Pictures.from_pretrained(name)
+        return without_videos(kind).from_pretrained(name)
 
 
 def main() -> None:

@@ -6,11 +6,16 @@ saves one in the hub's layout; `PICTURE` names all kinds.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from examples.transformers_vlm import without_videos
 
 # What stands for a picture in the prompt of each kind.
 PICTURE = {
@@ -78,17 +83,6 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def pictures_only(kind: type) -> type:
-    """A processor class without its part for videos, which needs torchvision."""
-
-    class Pictures(kind):
-        def __init__(self, image_processor, tokenizer, chat_template=None, **more):
-            super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)
-
-    Pictures.__name__ = kind.__name__
-    return Pictures
-
-
 def _llava(kind: str, text: dict) -> tuple:
     grids = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]} if kind != "llava" else {}
     config = (hf.LlavaNextConfig if grids else hf.LlavaConfig)(
@@ -125,7 +119,7 @@ def _internvl(kind: str, text: dict) -> tuple:
     images = hf.GotOcr2ImageProcessorPil(
         size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4
     )
-    return config, images, pictures_only(hf.InternVLProcessor), {"image_seq_length": 4}
+    return config, images, without_videos(hf.InternVLProcessor), {"image_seq_length": 4}
 
 
 def _gemma3(kind: str, text: dict) -> tuple:
@@ -162,7 +156,7 @@ def _qwen(kind: str, text: dict) -> tuple:
     size = {"shortest_edge": (4 * patch) ** 2, "longest_edge": (16 * patch) ** 2}
     images = hf.Qwen2VLImageProcessorPil(patch_size=patch, size=size)
     processor = hf.Qwen3VLProcessor if third else hf.Qwen2_5_VLProcessor
-    return config, images, pictures_only(processor), {}
+    return config, images, without_videos(processor), {}
 
 
 MAKERS = {
