@@ -211,6 +211,8 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         load_file(tmp_path / n / "model.safetensors") for n in ("straight", "pieces")
     )
     assert straight.keys() == load_file(TINY / "model.safetensors").keys()
+    for shipped in (*TINY.glob("*.json"), *TINY.glob("*.jinja")):
+        assert (tmp_path / "straight" / shipped.name).read_text() == shipped.read_text()
     assert all(same_bits(straight[name], pieces[name]) for name in straight)
 
 

@@ -705,6 +705,13 @@ def write_json_files(out: Path, model: VLM, tokenizer: Tokenizer) -> None:
             "image_mean": CLIP_MEAN,
             "image_std": CLIP_STD,
         },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+            "image_token": "<image>",
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>",
@@ -718,6 +725,7 @@ def write_json_files(out: Path, model: VLM, tokenizer: Tokenizer) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text((HERE / "chat_template.jinja").read_text())
     tokenizer.save(str(out / "tokenizer.json"))
 
 
