@@ -359,19 +359,21 @@ def draw_accuracy(result: dict, file: str) -> None:
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     looks = zip(CURVES, ("C0", "C2", "C4", "C1", "0.5"), "os^Dx")
-    methods = result["methods"]
+    methods, drawn = result["methods"], ["dense"]
     for curve, colour, marker in looks:
-        points = [methods[n] for n in methods if re.fullmatch(rf"{curve}, \d+", n)]
-        if not points:
+        names = [name for name in methods if re.fullmatch(rf"{curve}, \d+", name)]
+        if not names:
             continue
+        drawn += names
+        points = [methods[name] for name in names]
         points.sort(key=lambda point: point["attended"])
         x = [point["attended"][0] for point in points]
         y, error = zip(*(point["later turns"] for point in points))
         left.errorbar(x, y, error, color=colour, marker=marker, capsize=3)
         place = (8, -30) if curve == "retrieval only" else (8, -14)  # it ends beside another
         left.annotate(curve, (x[-1], y[-1]), place, "data", "offset points", color=colour)
-    own = [name for name in methods if name not in METHODS]
-    for name in own:
+    for name in (name for name in methods if name not in METHODS):  # one's own
+        drawn.append(name)
         x, (y, error) = methods[name]["attended"][0], methods[name]["later turns"]
         left.errorbar(x, y, error, color="C3", marker="*", markersize=14, capsize=3)
         left.annotate(
@@ -399,8 +401,6 @@ def draw_accuracy(result: dict, file: str) -> None:
     for axes in (left, right):
         axes.set_ylim(-3, 105)
         axes.grid(alpha=0.3)
-    drawn = re.compile("|".join(rf"{curve}, \d+" for curve in CURVES))
-    left_out = [n for n in methods if n not in [*own, "dense"] and not drawn.fullmatch(n)]
-    if left_out:
+    if left_out := [name for name in methods if name not in drawn]:
         figure.supxlabel(f"In the table alone: {'; '.join(left_out)}.", fontsize=8, wrap=True)
     figure.savefig(file, dpi=110)

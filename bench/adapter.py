@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from . import TINY, machine, median_and_range, positive, show_progress
+from .random_models import SMOLVLM_TEXT
 from .versus import Clock
 
 PATCH = 4  # pixels; the picture is a square of `side` patches
@@ -40,16 +41,15 @@ def run(arguments: argparse.Namespace) -> None:
     processor.image_processor.size = {"shortest_edge": edge}
     processor.image_processor.crop_size = {"height": edge, "width": edge}
     config = transformers.LlavaConfig(
-        image_token_id=4,
+        image_token_id=processor.image_token_id,
         vision_config={
             "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
             "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": edge,
             "patch_size": PATCH,
         },
-        text_config={
-            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "head_dim": 64,
-            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-            "vocab_size": 391, "max_position_embeddings": 2 * side**2 + 4096,
+        text_config=SMOLVLM_TEXT["smolvlm-256m"] | {
+            "model_type": "llama", "head_dim": 64, "vocab_size": len(processor.tokenizer),
+            "max_position_embeddings": 2 * side**2 + 4096,
         },
     )  # fmt: skip
     torch.manual_seed(0)

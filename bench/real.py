@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(
         arguments.model, dtype=torch.float32
     )
-    both = theirs.eval(), load_processor(arguments.model)
+    both = theirs, load_processor(arguments.model)
     options = {"protocol": "evaluation"}
     greedy = {"do_sample": False, "suppress_tokens": [processor.image_token_id]}  # as ours
     full = {"prefill_sparsity": 0, "decode_sparsity": 0}

@@ -518,7 +518,7 @@ def _print_ratios(result: dict) -> None:
 
 BARS = {  # stages drawn as one, and their colours, from dark to light in grey as well
     "vision": (("vision",), "#440154"),
-    "prefill": (("salience", "prune", "prefill"), "#3b528b"),
+    "prefill": (SPEEDUPS["prefill"], "#3b528b"),
     "question": (("question",), "#21918c"),
     "retrieve": (("scoring", "packing"), "#5ec962"),
     "decode": (("decode",), "#fde725"),

@@ -351,13 +351,10 @@ class SparseVILA:
             return blocks.split((grid.prod(1) // merge**2).tolist())
         if hasattr(model, "image_newline"):  # LLaVA-NeXT: a picture's tiles side by side, unpadded
             tiles = inputs["pixel_values"].flatten(2).any(-1).sum(-1)  # the others are empty
-            parts, line = (
-                received[..., None].split(tiles.tolist()),
-                received.new_full((1,), math.inf),
-            )
             packed, _ = model.pack_image_features(
-                parts, inputs["image_sizes"], vision_feature_select_strategy="default",
-                image_newline=line,
+                received[..., None].split(tiles.tolist()), inputs["image_sizes"],
+                vision_feature_select_strategy="default",
+                image_newline=received.new_full((1,), math.inf),  # stands for a separator
             )  # fmt: skip
             return [view[:, 0] for view in packed]
         views, patches = received.shape  # a token is a square of patches
@@ -406,8 +403,10 @@ def main() -> None:
     parser.add_argument("--decode-sparsity", type=float, default=0.8, help="default: 0.8")
     given = parser.parse_args()
     model = hf.AutoModelForImageTextToText.from_pretrained(given.model, device_map=given.device_map)
-    sparsity = {name: x for name, x in vars(given).items() if name.endswith("sparsity")}
-    session = SparseVILA(model.eval(), load_processor(given.model), **sparsity)
+    session = SparseVILA(
+        model, load_processor(given.model),
+        prefill_sparsity=given.prefill_sparsity, decode_sparsity=given.decode_sparsity,
+    )  # fmt: skip
     session.see(given.image)
     streamer = hf.TextStreamer(session.processor, skip_prompt=True, skip_special_tokens=True)
     for question in given.ask:

@@ -91,10 +91,8 @@ def _retrieved(session: SparseVILA, answer: Answer) -> Tensor:
     votes = torch.zeros(session.stats["visual_tokens"]["kept"])
     for tokens in answer.retrieved:
         votes[tokens.cpu()] += 1
-    count = round(float(votes.sum()) / len(answer.retrieved))
-    return torch.zeros_like(votes, dtype=torch.bool).index_fill(
-        0, select_tokens(votes, count), True
-    )
+    most = select_tokens(votes, round(_attended(answer)))
+    return torch.zeros_like(votes, dtype=torch.bool).index_fill(0, most, True)
 
 
 def _attended(answer: Answer) -> float:
