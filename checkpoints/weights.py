@@ -7,6 +7,7 @@ stand before the tensor's name.
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from awq import W4A16Linear, W8A8Linear
 from model import VLM
@@ -102,6 +104,13 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def progress(items: Iterable | None, what: str, unit: str, total: int | None = None) -> tqdm:
+    """The items, with a bar for somebody who waits at a terminal, from the second second on; None:
+    a bar of so many steps to be moved by hand."""
+    silent = not (sys.stderr and sys.stderr.isatty())
+    return tqdm(items, what, total, unit=unit, delay=1, leave=False, disable=silent)
+
+
 @contextmanager
 def _weights(file: Path) -> Iterator[safe_open]:
     """An open safetensors file; anything wrong with it becomes one clear error."""
@@ -150,7 +159,7 @@ def fill(
     filled: dict[str, str] = {}
     for file, prefix in files.items():
         with _weights(file) as tensors:
-            for name in tensors.keys():
+            for name in progress(tensors.keys(), f"reading {file.name}", " tensors"):
                 ours = translate(prefix + name, names)
                 if is_unused(ours, model):
                     continue

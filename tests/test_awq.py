@@ -546,7 +546,7 @@ def folder(tmp_path_factory):
     result = run(TINY, target, "--group-size", 32, "--vision-w8a8", "--samples", 3)
     assert result.returncode == 0, result.stderr
     assert "pictures of tiny/scenes.py. They suit the tiny model" in result.stdout
-    assert "block 6 of 6" in result.stderr
+    assert result.stderr == ""  # bars are for terminals
     return target
 
 

@@ -157,7 +157,7 @@ def test_overlay_marks_tokens_where_they_are(family):
     session = SparseVILA(*family, prefill_sparsity=0.5, decode_sparsity=0.99)
     session.see(Image.new("RGB", (64, 16), "white"))
     answer = session.ask("what?", max_new_tokens=2)
-    panel = overlay(session, [("what?", answer)]).crop((4, 52, 324, 132))  # 320 x 80
+    panel = overlay(session, [("what?", answer)]).crop((4, 72, 324, 152))  # 320 x 80
     bright = {
         token
         for token in range(16)

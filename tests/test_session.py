@@ -276,7 +276,7 @@ def test_overlay_dims_pruned_patches_and_outlines_retrieved_ones(tmp_path):
     assert run("--overlay", file, "--ask", "how much is the coffee?").returncode == 0
     with Image.open(file) as picture, Image.open(SAMPLES / "receipt.png") as page:
         assert picture.width >= 320 and picture.height > 320
-        panel = picture.crop((4, 74, 324, 394))
+        panel = picture.crop((4, 94, 324, 414))
         dimmed, whole = (ImageStat.Stat(image.convert("L")).mean[0] for image in (panel, page))
         assert dimmed < 0.7 * whole
 
@@ -290,7 +290,7 @@ def test_an_overlay_needs_pictures_and_answers(tiny, page):
         overlay(session, [])
     answer = session.ask("what\ncolor is the 7?")
     assert answer == answer and answer in [answer]
-    assert overlay(session, [("what\ncolor?", answer)]).size == (8 + 2 * 328, 432)
+    assert overlay(session, [("what\ncolor?", answer)]).size == (8 + 2 * 328, 472)
     long = overlay(session, [("what? " * 60, answer)], [answer])  # wrapped
     assert long.width == 8 + 2 * 328 and long.height > 500
     session.see([page] * 3)
@@ -307,12 +307,23 @@ def test_an_overlay_too_large_for_its_format_is_one_error():
 
 @pytest.mark.parametrize("end", ["", "/quit\nhow much is the milk?\n"])
 def test_chat_streams_answers_and_survives_bad_questions(end):
-    result = run("--chat", stdin="how much is the coffee?\n\nwhat is on line 5?\n" + end)
-    assert result.returncode == 0 and result.stderr == ""
-    greeting, first, bad, last, summary = (line.strip() for line in result.stdout.split(">"))
+    asked = ["how much is the coffee?", "", "/help", "what is on line 5?", "why?", "no " * 9000]
+    result = run("--chat", stdin="\n".join(asked) + "\n" + end)
+    assert result.returncode == 0 and result.stderr.startswith("note: ")  # for "why?"
+    greeting, *answers, summary = (line.strip() for line in result.stdout.split(">"))
     assert "decode_sparsity 0.8" in greeting and "400 visual tokens, 100 kept" in greeting
-    assert first == "8.75" and last and "error: question must be" in bad
-    assert summary == "2 answers; the last read 20 visual tokens"
+    first, empty, command, last, why, long = answers
+    assert (first, empty, last) == ("8.75", "", "honey 6.95") and why
+    assert "but /quit is a question" in command and "error: the model has 8192" in long
+    assert summary == "3 answers; the last read 20 visual tokens"
+    assert "answers" not in run("--chat", stdin=end.split("\n")[0]).stdout
+
+
+def test_what_may_not_be_as_expected_is_noted():
+    several = run("--image", SAMPLES / "clip.png", "--sparse", "--ask", "which page has the hugo?")
+    assert several.returncode == 0 and "only the first frame of" in several.stderr
+    plain = run("--image", SAMPLES / "receipt.png", "--ask", "what costs 3.10?", "why?")
+    assert plain.stderr.count("note: ") == 1 and plain.stdout.count("\n  sparse ") == 2
 
 
 def test_times_are_medians_and_printed_only_when_asked_for():
@@ -361,6 +372,8 @@ def test_times_are_medians_and_printed_only_when_asked_for():
         (["--device", ""], "device '' cannot be used"),
         (["--video", ""], "a path must not be empty"),
         (["--fps", "3"], "--fps needs --video, got 3.0"),
+        (["--image", "holiday.avi"], "ffmpeg -i holiday.avi"),
+        (["--image", SAMPLES / "receipt.png"], "pictures of your own need a question"),
         (
             ["--video", SAMPLES / "clip.png", "--fps", "nan"],
             "fps must be a number from 1e-6 to 2e9 or None, got nan",
@@ -392,8 +405,9 @@ def test_a_failed_overlay_leaves_the_old_file(tmp_path):
 
 def test_a_clip_too_long_for_dense_can_be_asked_sparsely(tmp_path):
     images = ["--image", SAMPLES / "receipt.png"] * 25
-    assert "show fewer or prune more" in run(*images).stderr
-    result = run(*images, "--sparse", "--ask", "which page has the hugo?", "--max-new-tokens", 2)
+    question = ["--ask", "which page has the hugo?", "--max-new-tokens", 2]
+    assert "show fewer or prune more" in run(*images, *question).stderr
+    result = run(*images, "--sparse", *question)
     assert result.returncode == 0 and "dense" not in result.stdout
 
 

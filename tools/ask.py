@@ -9,11 +9,13 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from checkpoints import load
 from checkpoints.processor import (
@@ -24,6 +26,7 @@ from checkpoints.processor import (
     open_picture,
     pictures_of,
 )
+from checkpoints.weights import progress
 from model import VLM, check_sampling
 from sparsevila import Answer, Dense, SparseVILA, check_fps, check_question, check_sparsity
 from tiny.scenes import READS, SIDE, is_known
@@ -55,7 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.video:
         images = read_clip(arguments.video, arguments.fps)
     else:
-        images = [open_picture(file) for file in arguments.image or [SAMPLE]]
+        images = [read_picture(file) for file in arguments.image or [SAMPLE]]
+    if (arguments.image or arguments.video) and not (arguments.ask or arguments.chat):
+        raise ValueError("pictures of your own need a question: --ask, or --chat")
 
     # 2. The model, and a session with it; the dense one first, if both are shown.
     tell(f"loading {arguments.model}")
@@ -65,11 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, device=arguments.device, dtype=dtype, revision=arguments.revision,
         template=template,
     )  # fmt: skip
-    if Path(arguments.model).resolve() == TINY:
+    tiny = Path(arguments.model).resolve() == TINY
+    if tiny:
         torch.set_num_threads(1)  # so small that threads would wait for each other
         size = pictures_of(images)[0].size
         if size != (SIDE, SIDE) or not all(map(is_known, questions)):
-            print(f"note: {READS}", file=sys.stderr)
+            note(READS)
     session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
     sessions = {"dense" if arguments.dense else "sparse": session}
     if not (arguments.dense or arguments.sparse or arguments.json or arguments.chat):
@@ -80,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(", ".join([*where.values(), *(f"{k} {v}" for k, v in settings.items())]) + "\n")
     see_all(sessions, images)
     if arguments.chat:
-        return chat(session, sampling)
+        return chat(session, sampling, is_known if tiny else None)
 
     # 3. Ask, and tell.
     answers = ask_all(sessions, questions, sampling, quiet=arguments.json)
@@ -159,6 +165,36 @@ def tell(text: str) -> None:
         print(f"... {text}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def bar(text: str, model: VLM) -> Iterator[None]:
+    """Within, a bar that counts the layers of the tower, for every batch of views, and of the
+    decoder, as they have run."""
+    with progress(None, text, " layers") as moving:
+
+        def starts(network: nn.Module, _) -> None:
+            moving.set_description(f"{text}, {type(network).__name__}", refresh=False)
+            moving.reset(len(network.layers))
+
+        def has_run(*_) -> None:  # what a hook returns would replace the output
+            moving.update()
+
+        hooks = []
+        for network in (model.vision_tower, model.decoder):
+            hooks.append(network.register_forward_pre_hook(starts))
+            hooks += [layer.register_forward_hook(has_run) for layer in network.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def note(text: str) -> None:
+    """What may not be as somebody expects."""
+    if sys.stderr:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def write(text: str) -> None:
     """A piece of text, at once."""
     print(text, end="", flush=True)
@@ -167,9 +203,9 @@ def write(text: str) -> None:
 def see_all(sessions: dict[str, SparseVILA], images: list | Clip) -> None:
     """Show the images to every session."""
     for name, session in sessions.items():
-        tell(f"{name}: looking at {len(pictures_of(images))} pictures")
         try:
-            session.see(images)
+            with bar(f"{name}: looking", session.model):
+                session.see(images)
         except ValueError as error:
             hint = " (--sparse leaves out the dense model)" if name == "dense" else ""
             raise ValueError(f"{error}{hint}") from None
@@ -214,22 +250,29 @@ def timed(
     return medians
 
 
-def chat(session: SparseVILA, sampling: dict) -> None:
+def chat(
+    session: SparseVILA, sampling: dict, is_known: Callable[[str], bool] | None = None
+) -> None:
     """Questions from standard input, answers streamed. Ctrl-C stops an answer; at the prompt it
-    ends the chat, as do /quit and the end of the input."""
+    ends the chat, as do /quit and the end of the input. is_known: whether a question has a form
+    that the model knows."""
     tokens = session.stats["visual_tokens"]
     print(f"{tokens['encoded']} visual tokens, {tokens['kept']} kept. Ask; /quit or Ctrl-D ends.")
     answers = 0
     while True:
         try:
-            question = input("> ")
+            question = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             question = "/quit"
-        if question.strip() == "/quit":
-            read = session.stats["visual_tokens"]["attended"] or [0]
-            print(f"{answers} answers; the last read {statistics.mean(read):.4g} visual tokens")
-            return
+        if question == "/quit":
+            break
+        if question.startswith("/"):
+            print("Anything but /quit is a question about the pictures.")
+        if not question or question.startswith("/"):
+            continue
+        if is_known and not is_known(question):
+            note(READS)
         try:
             session.ask(question, on_text=write, **sampling)
             answers += 1
@@ -238,6 +281,9 @@ def chat(session: SparseVILA, sampling: dict) -> None:
         except ValueError as error:
             print(f"error: {error}", end="")
         print()
+    if answers:
+        read = statistics.mean(session.stats["visual_tokens"]["attended"])
+        print(f"{answers} answers; the last read {read:.4g} visual tokens")
 
 
 def summary(session: SparseVILA, questions: list[str], answers: list[Answer]) -> dict:
@@ -287,22 +333,38 @@ def print_comparison(columns: dict[str, dict], times: bool) -> None:
     line("decoded tokens/s", lambda c: f"{c['tokens_per_second'] or float('nan'):.1f}")
 
 
+def read_picture(path: str | Path) -> Image.Image:
+    """A picture; of an animated one the first frame. Raises: ValueError for films, and as
+    `open_picture`."""
+    refuse_film(path)
+    picture = open_picture(path)
+    with Image.open(path) as file:
+        if file.format != "MPO" and getattr(file, "is_animated", False):  # MPO: a photograph
+            note(f"only the first frame of {path} is shown; --video shows all")
+    return picture
+
+
 def read_clip(path: str, fps: float | None) -> Clip:
     """An animated file, or the pictures of a folder in the order of `files_in`. fps: frames per
     second; if None, what the file says, or one for a folder. Raises: ValueError for an empty
     folder and for films, and as `open_clip`."""
-    if Path(path).suffix.lower() in FILMS and not Path(path).is_dir():
-        raise ValueError(
-            f"{path} is a film, accepted: an animated picture, or a folder of frames, made by "
-            f"'mkdir frames; ffmpeg -i {path} -vf fps=1 frames/%05d.png'"
-        )
     if Path(path).is_dir():
         files = files_in(path)
         if not files:
             raise ValueError(f"the folder {path} holds no frames")
         return Clip.even(Pictures(files), fps or 1.0)
+    refuse_film(path)
     clip = open_clip(path)
     return Clip.even(clip.frames, fps) if fps else clip
+
+
+def refuse_film(path: str | Path) -> None:
+    """Raise ValueError, with a way to extract frames, for a file that is called like a film."""
+    if Path(path).suffix.lower() in FILMS:
+        raise ValueError(
+            f"{path} is a film, accepted: a picture, an animated one, or --video with a folder of "
+            f"frames, made by 'mkdir frames; ffmpeg -i {path} -vf fps=1 frames/%05d.png'"
+        )
 
 
 def encode_picture(picture: Image.Image, path: str) -> bytes:
@@ -328,9 +390,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pictures.add_argument(
         "--image",
         type=nonempty_path,
-        action="append",
+        nargs="+",
+        action="extend",
         metavar="FILE",
-        help=f"a picture (repeatable; default: {SAMPLE.relative_to(TINY.parent)})",
+        help=f"pictures (repeatable; default: {SAMPLE.relative_to(TINY.parent)})",
     )
     pictures.add_argument(
         "--video",
@@ -347,9 +410,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument(
         "--ask",
-        action="append",
+        nargs="+",
+        action="extend",
         metavar="TEXT",
-        help="a question (repeatable; default: three about the sample page)",
+        help="questions (repeatable; default: three about the sample page)",
     )
     questions.add_argument(
         "--chat", action="store_true", help="questions from the terminal, one after the other"

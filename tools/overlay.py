@@ -1,5 +1,6 @@
 """A picture of what was kept and of what each question retrieved."""
 
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -7,20 +8,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from checkpoints.processor import View
-from sparsevila import Answer, SparseVILA, select_tokens
+from sparsevila import Answer, Dense, SparseVILA, select_tokens
 
 GAP, LINE, WIDEST = 8, 20, 1700  # pixels
 FONT = ImageFont.load_default(15)
-TITLE = "Pruned once; of what is left, every question reads its own tokens."
+TITLE = "Pruned once; of what is left, every question reads its own choice."
 ONLY, SHARED, ALWAYS = (255, 90, 0), (255, 190, 60), (90, 90, 90)  # colours of outlines
-LEGEND = {
-    "pruned": ((107, 107, 107), 0),
-    "read for this question only": (ONLY, 2),
-    "for another question too": (SHARED, 2),
-    "for every question": (ALWAYS, 1),
-}
+PRUNED = (107, 107, 107)
 Words = list[tuple[str, str]]  # lines, each with its colour
-Outline = tuple[tuple[int, int, int], int]  # colour and width
+Outline = tuple[tuple[int, int, int], int]  # colour and width; 0: filled
 
 
 class Panel(NamedTuple):
@@ -59,7 +55,13 @@ def overlay(
             return f"{who}: {answer.text}", "black"
         return f"{who}: {answer.text} (differs)", "firebrick"
 
-    # 1. The panels.
+    # 1. The panels. With one question there is nothing to share its tokens with; with two there is
+    #    no other but every one.
+    most = f"of the {_attended(answers[0][1]):.0f} that most layers read: for this question only"
+    looks = {1: (most, (ONLY, 2))}
+    looks |= {count: ("for another too", (SHARED, 2)) for count in range(2, len(answers))}
+    if len(answers) > 1:
+        looks[len(answers)] = ("for every question", (ALWAYS, 1))
     tokens = session.stats["visual_tokens"]
     n, kept = tokens["encoded"], tokens["kept"]
     head = f"Before any question: {kept} of {n} tokens (patches) stay, grey ones go."
@@ -67,13 +69,10 @@ def overlay(
     for number, (question, answer) in enumerate(answers):
         words = [(question, "navy")]
         words += [told(f"dense, all {n} tokens", number, dense[number])] if dense else []
-        words.append(told(f"sparse, {_attended(answer):.0f} of {kept}", number, answer))
-        looks = {
-            1: LEGEND["read for this question only"],
-            len(answers): LEGEND["for every question"],
-        }
+        who = "dense" if type(session) is Dense else "sparse"
+        words.append(told(f"{who}, {_attended(answer):.0f} of {kept}", number, answer))
         outlines = [
-            looks.get(count, LEGEND["for another question too"]) if mine else None
+            looks[count][1] if mine else None
             for mine, count in zip(chosen[number].tolist(), times.tolist())
         ]
         panels.append(Panel(words, session, outlines))
@@ -82,7 +81,8 @@ def overlay(
         words = [(f"Instead, pruned to {few} tokens:", "black")]
         words += [told(answers[i][0], i, answer) for i, answer in enumerate(pruned[1])]
         panels.append(Panel(words, pruned[0]))
-    return _compose(panels, _costs(session, answers, dense), bool(answers[1:]))
+    legend = {"pruned": (PRUNED, 0), **dict(looks.values())}
+    return _compose(panels, _costs(session, answers, dense), legend)
 
 
 def _retrieved(session: SparseVILA, answer: Answer) -> Tensor:
@@ -103,17 +103,19 @@ def _attended(answer: Answer) -> float:
 def _costs(
     session: SparseVILA, answers: list[tuple[str, Answer]], dense: list[Answer] | None
 ) -> str:
-    """What is read for every token of an answer."""
-    costs = [
-        f"{name} {_attended(answer):.0f} visual tokens, {answer.kv_bytes_per_token:,} bytes"
-        for name, answer in (("dense", dense and dense[-1]), ("sparse", answers[-1][1]))
-        if answer
-    ]
+    """What is read for every token of an answer, mean over answers."""
+    columns = {"dense": dense or [], "sparse": [answer for _, answer in answers]}
+    costs = []
+    for name, of_one in columns.items():
+        if of_one:
+            tokens = statistics.mean(map(_attended, of_one))
+            read = statistics.mean(answer.kv_bytes_per_token for answer in of_one)
+            costs.append(f"{name} {tokens:.0f} visual tokens, {read:,.0f} bytes")
     both = "; ".join(costs)
     return f"Keys and values that a token of the answer reads, those of text included: {both}."
 
 
-def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
+def _compose(panels: list[Panel], costs: str, legend: dict[str, Outline]) -> Image.Image:
     """All panels in rows, below them the legend and the costs."""
     # 1. Places: of the views in a panel, of the panels in the picture.
     views = panels[0].session.views
@@ -128,11 +130,11 @@ def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
     columns = max(1, min(len(panels), WIDEST // (width + GAP)))
     rows = -(-len(panels) // columns)
     total = columns * (width + GAP) + GAP
-    title = _wrapped(TITLE, total - 2 * GAP) if legend else []
+    title = _wrapped(TITLE, total - 2 * GAP)
     foot = _wrapped(costs, total - 2 * GAP)
     above = GAP + len(title) * LINE
     below = above + rows * (top + tall + GAP)
-    whole = Image.new("RGB", (total, below + (legend + len(foot)) * LINE + GAP), "white")
+    whole = Image.new("RGB", (total, below + (1 + len(foot)) * LINE + GAP), "white")
     draw = ImageDraw.Draw(whole)
     for number, line in enumerate(title):
         draw.text((GAP, 4 + number * LINE), line, "black", FONT, stroke_width=0.4)
@@ -154,12 +156,12 @@ def _compose(panels: list[Panel], costs: str, legend: bool) -> Image.Image:
 
     # 3. The legend and the costs.
     left = GAP
-    for label, (colour, line) in LEGEND.items() if legend else []:
+    for label, (colour, line) in legend.items():
         box = (left, below + 3, left + 12, below + 15)
         draw.rectangle(box, colour if not line else None, colour, line or 1)
         draw.text((left + 18, below), label, "black", FONT)
         left += 18 + int(FONT.getlength(label)) + 3 * GAP
-    for number, line in enumerate(foot, legend):
+    for number, line in enumerate(foot, 1):
         draw.text((GAP, below + number * LINE), line, "black", FONT)
     return whole
 

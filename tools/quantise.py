@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import awq
 from checkpoints import fetch, load, open_folder
 from checkpoints.processor import Processor, open_picture
 from checkpoints.values import Folder
-from checkpoints.weights import Names, is_unused, translate, weight_files
+from checkpoints.weights import Names, is_unused, progress, translate, weight_files
 from model import VLM
 from sparsevila import SparseVILA
 from tiny.scenes import kinds_of, make_scene, question_and_answer, render, to_images
@@ -51,7 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"calibrating on {what}.")
     before = model.weight_bytes
     pixels, batches = calibration(model, processor, pictures, prompts, arguments.samples)
-    awq.quantize(model, batches, group_size=arguments.group_size, on_block=_show_progress)
+    with progress(None, "quantising", " blocks", len(model.decoder.layers)) as moving:
+        awq.quantize(
+            model, batches, group_size=arguments.group_size, on_block=lambda *_: moving.update()
+        )
     if arguments.vision_w8a8:
         awq.quantize_tower(
             model.vision_tower, (batch for views in pixels for batch in model.batches(views))
@@ -209,12 +211,6 @@ def check_target(target: Path) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"no folder to make {target} in")
     Path(tempfile.mkdtemp(prefix=".awq.", dir=target.parent)).rmdir()
-
-
-def _show_progress(done: int, total: int) -> None:
-    bar = "#" * (30 * done // total)
-    end = "\n" if done == total else ""
-    print(f"\r[{bar:30}] block {done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
