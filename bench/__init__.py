@@ -2,7 +2,7 @@
 
     python -m bench speed                     dense and sparse, stage by stage, end to end
     python -m bench accuracy                  SparseVILA, other methods and variants, tiny model
-    python -m bench needle                    one glyph in clips of growing length, tiny model
+    python -m bench needle                    one page of clips of growing length, tiny model
     python -m bench quantised                 the tiny model's accuracy in four and eight bits
     python -m bench kernels                   every operation beside naive PyTorch and its bound
     python -m bench awq                       four-bit products beside the library's
@@ -48,9 +48,10 @@ def machine(device: torch.device = CPU) -> str:
 
 
 def show_progress(done: int, total: int) -> None:
-    """How far a measurement is, on a line of standard error that is written over."""
-    end = "\n" if done == total else ""
-    print(f"\r{done} of {total}", end=end, file=sys.stderr, flush=True)
+    """How far a measurement is, at a terminal: a line that is written over."""
+    if sys.stderr and sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r{done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def median_and_range(values: list[float]) -> list[float]:

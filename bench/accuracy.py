@@ -9,6 +9,7 @@ the first and the later questions of a session.
 """
 
 import argparse
+import difflib
 import importlib.util
 import multiprocessing
 import os
@@ -17,8 +18,9 @@ import re
 import signal
 import statistics
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,8 +161,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     main = "', '".join(MAIN)
     others = "', '".join(name for name in METHODS if name not in MAIN)
     parser.add_argument(
-        "--methods", nargs="+", default=list(MAIN), metavar="ROW",
-        help=f"of the table (default: {len(MAIN)} main rows, '{main}'; others: '{others}'; all)",
+        "--methods", nargs="+", metavar="ROW",
+        help="of the table, or 'all' (default: with --method 'dense' and 'SparseVILA, 20', else "
+        f"{len(MAIN)} main rows: '{main}'; others: '{others}')",
     )  # fmt: skip
     parser.add_argument(
         "--method", action="append", default=[], metavar="FILE:CLASS",
@@ -178,15 +181,27 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure and report."""
     check_figure(arguments.figure)
     if arguments.seeds < 2 or arguments.questions < arguments.seeds:
-        raise ValueError("--seeds must be at least 2, and --questions at least as many")
-    names = METHODS if "all" in arguments.methods else arguments.methods
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"no row {name!r}: `python -m bench accuracy --help` names all")
+        raise ValueError(
+            "--seeds must be at least 2, and --questions at least as many, "
+            f"got {arguments.seeds} and {arguments.questions}"
+        )
     for name in arguments.method:
         own_class(name)
-    result = accuracy([*names, *arguments.method], arguments.questions, arguments.seeds)
+    names = arguments.methods or (["dense", "SparseVILA, 20"] if arguments.method else MAIN)
+    names = list(METHODS) if "all" in names else names
+    check_rows(names)
+    result = accuracy([*arguments.method, *names], arguments.questions, arguments.seeds)
     report(result, print_accuracy, draw_accuracy, arguments)
+
+
+def check_rows(names: Iterable[str]) -> None:
+    """Raise ValueError for a row that the table does not have."""
+    for name in names:
+        if name not in METHODS:
+            near = [row for row in METHODS if row.startswith(name)]
+            near = near or difflib.get_close_matches(name, METHODS)
+            which = f"did you mean '{near[0]}'?" if near else "--help names all"
+            raise ValueError(f"no row {name!r}: {which}")
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -238,7 +253,18 @@ def measure(
     cost, means: "entering" and "attended", visual tokens of a page that a layer reads in prefill
     and for every generated token; "KV kB", kilobytes of keys and values, of text too, that all
     layers read for it; "CPU ms", milliseconds of the processor for a page and its questions."""
-    session = method.session(model_path, seed=first)
+    try:
+        return _measure(method.session(model_path, seed=first), questions, pages, first)
+    except Exception as error:
+        if not isinstance(method.kind, str):
+            raise
+        traceback.print_exc()  # somebody's own: they need to see where
+        raise ValueError(f"{method.kind} failed: {error!r}") from None
+
+
+def _measure(
+    session: SparseVILA, questions: int, pages: tuple[int, ...], first: int
+) -> dict[str, float]:
     right: dict[str, list[float]] = defaultdict(list)
     costs: dict[str, list[float]] = defaultdict(list)
     for number in range(len(pages) * questions):

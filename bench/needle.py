@@ -21,7 +21,7 @@ from . import (
     report,
     show_progress,
 )
-from .accuracy import METHODS, Method, attended, workers
+from .accuracy import METHODS, Method, attended, check_rows, workers
 
 LENGTHS = (1, 2, 3, 4, 6)  # pages of 400 visual tokens
 TRAINED = 4  # the longest clips that the tiny model was trained on
@@ -36,10 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
         default=list(NEEDLE_METHODS),
         metavar="ROW",
-        help=f"rows of the table (default: {', '.join(NEEDLE_METHODS)})",
+        help="rows of `bench accuracy` (default: '" + "', '".join(NEEDLE_METHODS) + "')",
     )
     parser.add_argument(
         "--clips", type=positive, default=40, help="for each length and depth (default: 40)"
@@ -50,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure and report."""
     check_figure(arguments.figure)
+    check_rows(arguments.methods)
     report(needle(arguments.methods, arguments.clips), print_needle, draw_needle, arguments)
 
 

@@ -326,11 +326,12 @@ def test_a_needle_is_on_its_page_and_on_no_other(seed, pages, data):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["accuracy", "--methods", "magic"], "no row 'magic': `python -m bench accuracy --help`"),
+        (["accuracy", "--methods", "magic"], "no row 'magic': --help names all"),
+        (["needle", "--methods", "SparseVILA"], "'SparseVILA': did you mean 'SparseVILA, 40'?"),
         (["accuracy", "--method", "magic"], "FILE:CLASS, got 'magic': no file ''"),
         (["accuracy", "--method", f"{__file__}:SMALL"], "hold a SparseVILA class 'SMALL', got"),
         (["accuracy", "--seeds", "1"], "--seeds must be at least 2"),
-        (["accuracy", "--questions", "3"], "--questions at least as many"),
+        (["accuracy", "--questions", "3"], "--questions at least as many, got 5 and 3"),
         (["needle", "--clips", "0"], "positive integer, got '0'"),
         (["needle", "--figure", "no/such/folder.png"], "no folder"),
         (["speed", "--figure", "stages.abc"], "abc"),

@@ -384,6 +384,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.lines and not arguments.file:  # the last one is the file
         arguments.file = Path(arguments.lines.pop())
+        if arguments.file.suffix.lower() not in Image.registered_extensions():
+            parser.error(f"the last argument must be a file like page.png, got {arguments.file}")
+    if arguments.title and not arguments.lines:
+        parser.error("--title needs --lines")
     if not arguments.file:
         for name, scene in sample_pages().items():
             file = Path(__file__).resolve().parent / "samples" / name
