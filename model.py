@@ -73,7 +73,8 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the decoder. Defaults as in Hugging Face's LlamaConfig."""
+    """Sizes of the decoder. Defaults as in Hugging Face's LlamaConfig, but that a head's size does
+    not follow from the width."""
 
     vocab: int = 32000
     width: int = 4096  # E
@@ -530,7 +531,12 @@ def inference(device: torch.device) -> Iterator[None]:
 class VLM(nn.Module):
     """Vision tower, projector, decoder and output head, with random weights.
 
-    vision_tower: a module to use in place of `VisionTower(config.vision)`.
+    vision_tower: a module to use in place of `VisionTower(config.vision)`. From pixels (views, 3,
+    S, S) and the token ids of a question to those of an answer:
+
+        visual = vlm.project(torch.cat(vlm.encode(pixels)))
+        ids = [vlm.config.image_token_id] * len(visual) + question_ids
+        answer_ids = vlm.generate(vlm.embed(ids, visual), max_new_tokens=20)
     """
 
     ENCODE_BATCH = 16  # views on the device at a time; bounds the memory of long clips
@@ -647,6 +653,9 @@ class VLM(nn.Module):
             raise ValueError(f"positions must be ({T},) or (3, {T}), got {tuple(positions.shape)}")
         if cache is None:
             return self.decoder(embeddings, positions.to(self.device), attend_uncached)
+        if len(cache.filled) != self.config.text.layers:
+            found, layers = len(cache.filled), self.config.text.layers
+            raise ValueError(f"a cache for this model has {layers} layers, got {found}")
         length = cache.length
         decoder = self.decoder
         if self.compiled and T == 1:

@@ -3,7 +3,8 @@
 A vision-language model turns pictures into hundreds or thousands of visual tokens. Reading them
 (prefill) is paid once and bound by arithmetic; decoding is paid for every generated token and bound
 by reading the KV cache. A choice of tokens made for the first question destroys what the second one
-needs. SparseVILA (arXiv 2510.17777) therefore splits the sparsity:
+needs. SparseVILA (arXiv 2510.17777, whose numbers of algorithms are meant here) therefore splits
+the sparsity:
 
 * `prune` (Algorithm 2), between vision tower and projector, before any question is known: keep the
   most salient tokens, those that the tower's own last layer attends to most.
@@ -115,6 +116,9 @@ def merge_salience(salience: Tensor, merge: Callable[[Tensor], Tensor]) -> Tenso
 
 class RetrievalCache(KVCache):
     """A KV cache that answers every question from a small part of its visual rows.
+
+    A `KVCache` holds of every layer k and v (1, G, rows with room to spare, D), of which `filled`
+    are in use; `append` adds rows, `attend` does so and attends, `truncate` forgets the last.
 
     Between `start_question` and `start_answer` attention is dense, and every layer scores the
     visual rows:
@@ -337,7 +341,7 @@ class SparseVILA:
         features, kept = self.prune(features, salience)
         kept = [index.cpu() for index in kept]  # for the layout
         chosen, counts = [index.tolist() for index in kept], [len(x) for x in features]
-        right = [sorted({*index} & {*range(n)}) for index, n in zip(chosen, sizes)]
+        right = [sorted({*index} & {*range(n)}) for index, n in zip(chosen, sizes)]  # each once
         if len(chosen) != len(sizes) or chosen != right or counts != [*map(len, chosen)]:
             raise ValueError(
                 f"prune must return features and ascending indices below n, of {len(sizes)} views "
@@ -409,6 +413,7 @@ class SparseVILA:
         sampling["stop_ids"] = {*closing, *stop_ids}
         text, tokens = TextStream(self.processor, on_text), []
         chosen = ("relevance", "retrieved", "packed")  # by the last question
+        # (An answer makes new ones; copies, for another method may change its lists in place.)
         last = {name: copy(x) for name, x in vars(cache).items() if name in chosen}
         try:
             self._busy = True
@@ -471,8 +476,12 @@ class SparseVILA:
         with inference(self.model.device):
             for batch in self.model.batches(pixels):
                 states, q, k = tower(batch, attention_layer=-1)
-                features.extend(tower.merge(states[:, tower.summary_tokens :]))  # a view each
-                salience.extend(merge_salience(self.salience(q, k), tower.merge))
+                patches, received = states[:, tower.summary_tokens :], self.salience(q, k)
+                if received.shape != patches.shape[:2]:
+                    shape, found = tuple(patches.shape[:2]), tuple(received.shape)
+                    raise ValueError(f"salience must return {shape}, a number a patch, got {found}")
+                features.extend(tower.merge(patches))  # a view each
+                salience.extend(merge_salience(received, tower.merge))
         return features, salience
 
     def salience(self, q: Tensor, k: Tensor) -> Tensor:

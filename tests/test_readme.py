@@ -96,7 +96,7 @@ ELSEWHERE = {
     "python -m bench speed": "tests/test_bench.py",
     "python -m bench kernels": "test_the_benchmark_of_the_kernels",
     "python -m bench awq": "test_the_benchmark_of_the_products",
-    "python -m bench quantised": "test_the_tables_of_quantised_variants",
+    "python -m bench quantised --questions 100": "test_the_tables_of_quantised_variants",
 }
 HERE_RUN = [command for command in commands() if command not in ELSEWHERE]
 

@@ -234,9 +234,10 @@ def draw_cache(rows: list[Tensor], parts: dict[str, tuple[int, int]]) -> None:
         axes.imshow(attended[None], extent=place, aspect="auto", cmap="Greys", vmin=0, vmax=1.3)
     axes.set_ylim(len(rows) + 0.6, 0.4)
     axes.set_yticks(range(1, len(rows) + 1))
-    for name, (start, stop) in parts.items():
+    for number, (name, (start, stop)) in enumerate(parts.items()):
         axes.axvline(start, color="black", linestyle=":")
-        axes.text((start + stop) / 2, 0.35, name, ha="center", va="bottom", fontsize=9)
+        above = 0.35 - 0.6 * (number % 2)  # narrow parts follow one another
+        axes.text((start + stop) / 2, above, name, ha="center", va="bottom", fontsize=9)
     axes.set_xlabel("row of the cache")
     axes.set_ylabel("layer")
     plt.show()

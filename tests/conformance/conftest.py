@@ -87,19 +87,22 @@ def pytest_report_header() -> str | None:
     return None
 
 
-def usual_reasons(operation: str, check: Callable[[Lab], None]) -> list[str]:
-    """Mistakes of mutants.py that the check rejects."""
+def usual_reasons(operation: str, check: Callable[[Lab], None], words: str) -> list[str]:
+    """Mistakes of mutants.py that the check rejects, four at most: first those that it rejects at
+    the same place, which stands before the colon of what it says."""
     from .mutants import MUTANTS
 
     ours, reasons = load_implementation(None), []
     for mistake, implementation in MUTANTS[operation].items():
         try:
             check(Lab(ours | {operation: implementation}, dtypes=(torch.float32,)))
-        except AssertionError:
-            reasons.append(mistake)
+        except AssertionError as error:
+            elsewhere = str(error).split(":")[0] != words.split(":")[0]
+            reasons.append((elsewhere, mistake))
         except Exception:  # not this check's business
             pass
-    return reasons
+    reasons.sort(key=lambda reason: reason[0])
+    return [mistake for _, mistake in reasons[:4]]
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -120,10 +123,11 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
                 terminalreporter.section("wrong, in the order of computation")
             crash = getattr(report.longrepr, "reprcrash", None)
             words = crash.message if crash else str(report.longrepr)
-            reasons = usual_reasons(operation, check)
+            compared = words.startswith("AssertionError: ")  # else it did not get that far
+            words = words.removeprefix("AssertionError: ").splitlines()[0]
             terminalreporter.line(name)
-            terminalreporter.line("    " + words.removeprefix("AssertionError: ").splitlines()[0])
-            if reasons:
+            terminalreporter.line("    " + words)
+            if compared and (reasons := usual_reasons(operation, check, words)):
                 terminalreporter.line("    usual reasons: " + "; ".join(reasons))
     if first:
         terminalreporter.line(f"Start with {first}: what comes after it may build on it.")
