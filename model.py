@@ -105,6 +105,9 @@ class Config:
     projector_activation: str = "gelu"
     projector_bias: bool = True
     stop_ids: tuple[int, ...] = (2,)
+    # The id of an embedding beyond the table, which no text has: `VLM.image_newline`, at the end of
+    # every row of a picture (LLaVA-NeXT).
+    newline_id: int | None = None
 
 
 # --- small layers ---------------------------------------------------------------------------------
@@ -548,6 +551,8 @@ class VLM(nn.Module):
         self.projector = Projector(config)
         self.decoder = Decoder(config.text)
         self.lm_head = Linear(config.text.width, config.text.vocab, bias=False)
+        if config.newline_id is not None:
+            self.image_newline = nn.Parameter(torch.randn(config.text.width))
         self.compiled: Callable | None = None  # Decoder.forward, see `compile_decoding`
         if config.text.tied:
             self.lm_head.weight = self.decoder.embed_tokens.weight
@@ -617,13 +622,18 @@ class VLM(nn.Module):
         placeholder = ids == self.config.image_token_id
         if (count := int(placeholder.sum())) != V:
             raise ValueError(f"{count} image placeholders for {V} visual tokens")
-        ids = ids.masked_fill(placeholder, 0)
+        newline = torch.full_like(placeholder, False)
+        if self.config.newline_id is not None:
+            newline = ids == self.config.newline_id
+        ids = ids.masked_fill(placeholder | newline, 0)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
             found = f"{int(ids.min())} .. {int(ids.max())}"
             raise ValueError(f"token ids must be in [0, {vocab}), got {found}")
         embeddings = self.decoder.embed_tokens(ids.to(self.device))
         if V:
             embeddings[placeholder.to(self.device)] = visual.to(embeddings)
+        if newline.any():
+            embeddings[newline.to(self.device)] = self.image_newline
         return embeddings[None]
 
     def read(

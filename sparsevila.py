@@ -333,7 +333,7 @@ class SparseVILA:
 
         # 2. Encode every view; the attention of the tower's last layer is the salience.
         watch = Stopwatch(self.model.device)
-        features, salience = self.encode(pixels)
+        features, salience = (self.processor.join(views, x) for x in self.encode(pixels))
         watch.lap("vision")
 
         # 3. Prune (Algorithm 2), before any question is known. The method may be another's.
@@ -471,7 +471,8 @@ class SparseVILA:
     cache_type = RetrievalCache
 
     def encode(self, pixels: Sequence[Tensor]) -> tuple[PerView, PerView]:
-        """Features (n, width) and salience (n,) of every view, for the pixels of every view."""
+        """Features (n, width) and salience (n,) of every view, for the pixels of every view (of
+        every piece, in families that cut views into pieces; `see` joins them)."""
         tower, features, salience = self.model.vision_tower, [], []
         with inference(self.model.device):
             for batch in self.model.batches(pixels):

@@ -186,8 +186,8 @@ class NoiseProcessor(Processor):
     def pixels(self, views: list[View]) -> Tensor:
         return self.noise
 
-    def context(self, counts: list[int], views: list[View] | None = None) -> list[int]:
-        return [*range(1, TEXT_TOKENS + 1), *[self.image_token_id] * sum(counts)]
+    def context(self, kept: Sequence[Tensor], views: list[View] | None = None) -> list[int]:
+        return [*range(1, TEXT_TOKENS + 1), *[self.image_token_id] * sum(map(len, kept))]
 
     def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
         return list(range(100, 100 + QUESTION_TOKENS))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 class View(NamedTuple):
     """What the vision tower sees at once: a picture, or a tile of one."""
 
-    picture: Image.Image  # S x S
+    picture: Image.Image  # S x S, unless the family says otherwise
     number: int = 0  # of the picture among all that are shown
     rows: int = 0  # of tiles in that picture; 0 if it is not cut
     columns: int = 0  # likewise
@@ -47,6 +48,7 @@ class View(NamedTuple):
     column: int = 0  # likewise
     second: float | None = None  # of a frame: when it comes in its clip
     duration: float | None = None  # of the clip, in seconds
+    original: tuple[int, int] | None = None  # size of the picture as given, if the family needs it
 
 
 class Layout(NamedTuple):
@@ -155,11 +157,20 @@ class Processor:
         ]
 
     def pixels(self, pictures: list[Image.Image] | list[View]) -> Tensor | list[Tensor]:
-        """Pictures, or their views -> (views, 3, S, S) float32, scaled and normalised per channel;
-        where views differ in size, one tensor for each."""
+        """Pictures, or their views -> (pieces, 3, S, S) float32, scaled and normalised per channel;
+        where pieces differ in size, one tensor for each."""
         views = pictures if isinstance(pictures[0], View) else self.views(pictures)
-        pixels = [self._normalise(view.picture) for view in views]
+        pixels = [self._normalise(piece) for view in views for piece in self.pieces(view)]
         return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+
+    def pieces(self, view: View) -> list[Image.Image]:
+        """What the tower sees of a view, one after the other; the view itself in most families."""
+        return [view.picture]
+
+    def join(self, views: list[View], rows: list[Tensor]) -> list[Tensor]:
+        """Of every piece its rows of patches (T, ...) -> of every view its visual tokens (n, ...),
+        in the order of the prompt."""
+        return rows
 
     def _normalise(self, image: Image.Image) -> Tensor:
         raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
@@ -175,11 +186,7 @@ class Processor:
             [min(round(i * edge * span / vision.image_size), edge) for i in range(side + 1)]
             for edge in size
         )
-        boxes = [
-            (x[column], y[row], x[column + 1] - 1, y[row + 1] - 1)
-            for row in range(side)
-            for column in range(side)
-        ]
+        boxes = boxes_between(x, y)
         if vision.merge_by_columns:
             return [box for column in range(side) for box in boxes[column::side]]
         return boxes
@@ -199,7 +206,7 @@ class Processor:
                 "original" leaves gaps where tokens are missing, and text goes on where it would
                 have.
         """
-        ids = self.context([len(index) for index in kept], views)
+        ids = self.context(kept, views)
         if positions == "contiguous":
             return Layout(ids, torch.arange(len(ids), device="cpu"), len(ids))
         everything = torch.tensor(self.context(sizes, views), device="cpu")
@@ -210,18 +217,29 @@ class Processor:
         stays[visual[torch.cat([start + index for start, index in zip(first, kept)])]] = True
         return Layout(ids, stays.nonzero()[:, 0], len(everything))
 
-    def context(self, counts: list[int], views: list[View] | None = None) -> list[int]:
-        """Token ids of everything up to the last picture, with `image_token_id` repeated as often
-        as `counts` says for each view. views: separate whole pictures if None."""
-        views = _whole(len(counts)) if views is None else views
+    def context(
+        self, kept: Sequence[Tensor] | Sequence[int], views: list[View] | None = None
+    ) -> list[int]:
+        """Token ids of everything up to the last picture, with `image_token_id` for every visual
+        token.
+
+        kept: of each view the visual tokens that stay, (K,) ascending; a number n for the first n.
+        views: separate whole pictures if None.
+        """
+        views = _whole(len(kept)) if views is None else views
         # The text after the last picture belongs to the first question, see `question`.
         before, *after = (self._start + self._text(views)).split("{image}")
         ids = self._encode(before, start=True)
         begin = [i for i in self._begin_ids if i not in {*self.config.stop_ids, *self.stop_ids}]
         ids = ids if {*begin} <= {*ids} else begin + ids  # the template may have its own
-        for count, text in zip(counts, [*after[:-1], ""], strict=True):
-            ids += [self.image_token_id] * count + list(self.end_of_view) + self._encode(text)
+        for view, stays, text in zip(views, kept, [*after[:-1], ""], strict=True):
+            stays = torch.arange(stays, device="cpu") if isinstance(stays, Integral) else stays
+            ids += self.ids_of_view(view, stays) + self._encode(text)
         return ids
+
+    def ids_of_view(self, view: View, kept: Tensor) -> list[int]:
+        """Token ids that stand for a view of which the visual tokens `kept` (K,) stay."""
+        return [self.image_token_id] * len(kept) + list(self.end_of_view)
 
     def question(self, text: str, *, first: bool, views: list[View] | None = None) -> list[int]:
         """Token ids of a question: `first` right after the context of these views (one whole
@@ -592,6 +610,11 @@ def _check_size(picture: Image.Image, size: tuple[int, int], verb: str) -> None:
             f"a picture of {picture.width} x {picture.height} is too narrow: "
             f"it would be {verb} to {size[0]} x {size[1]}"
         )
+
+
+def boxes_between(x: list[int], y: list[int]) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of the boxes between these edges, row by row."""
+    return [(a, top, b - 1, end - 1) for top, end in zip(y, y[1:]) for a, b in zip(x, x[1:])]
 
 
 def tiles(picture: Image.Image, edge: int, number: int) -> list[View]:

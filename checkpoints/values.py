@@ -123,6 +123,23 @@ def per_channel(raw: dict, key: str, default: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)
 
 
+def pinpoints(raw: dict, default: list[list[int]], tile: int) -> list[list[int]]:
+    """Heights and widths of the canvases that a picture may be cut from, whole tiles each."""
+    found = raw.get("image_grid_pinpoints", default)
+    pairs = isinstance(found, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(edge) is int and 0 < edge <= 64 * tile and edge % tile == 0 for edge in pair)
+        for pair in found
+    )
+    if not pairs or not 1 <= len(found) <= 1000:
+        raise ValueError(
+            f"image_grid_pinpoints must be pairs of heights and widths, multiples of {tile} up to "
+            f"{64 * tile}, got {found!r}"
+        )
+    return found
+
+
 def switched_on(raw: dict, key: str) -> None:
     """A step of the picture processor that must not be false."""
     if not flag(raw, key, True):

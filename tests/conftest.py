@@ -29,7 +29,10 @@ from checkpoints.processor import Processor  # noqa: E402
 
 TINY = ROOT / "tiny"
 # Folders of tests/golden, a tiny random checkpoint of each family and layout.
-FAMILIES = ["llava", "smolvlm", "smolvlm2", "nvila", "longvila", "nvila_hf"]
+FAMILIES = [
+    "llava", "llava_next", "llava_next_mistral", "smolvlm", "smolvlm2", "nvila", "longvila",
+    "nvila_hf",
+]  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--impl-dtypes", default="float32,float16,bfloat16", metavar="NAMES", help="by commas"
     )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process a core; none but this one where somebody's own implementation is checked, or a
+    single file or test is run."""
+    few = config.getoption("impl") or config.args and all(".py" in name for name in config.args)
+    return 0 if few else os.cpu_count() or 1
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -51,7 +51,7 @@ def dense_by_hand(vlm, processor, pictures, questions, protocol, tokens_each):
     """What a reader would write without sparsevila.py: logits of every step, tokens, and the
     cache."""
     views = processor.views(pictures)
-    features = vlm.encode(processor.pixels(views))
+    features = processor.join(views, vlm.encode(processor.pixels(views)))
     visual = vlm.project(torch.cat(features))
     sizes = [len(x) for x in features]
     ids, positions, after = processor.layout(
@@ -87,7 +87,8 @@ def assert_dense_and_sparse_share_their_bits(vlm, processor, pictures, questions
     with Recorder(vlm) as sparse:
         session.see(pictures)
         ours = [session.ask(question, max_new_tokens=count) for question in questions]
-    sizes = [len(x) for x in vlm.encode(processor.pixels(session.views))]
+    pieces = vlm.encode(processor.pixels(session.views))
+    sizes = [len(x) for x in processor.join(session.views, pieces)]
     V = session.stats["visual_tokens"]["encoded"]
     assert V == sum(sizes) and [i.tolist() for i in session.kept] == [list(range(n)) for n in sizes]
     assert all(chosen.tolist() == list(range(V)) for answer in ours for chosen in answer.retrieved)

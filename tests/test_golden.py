@@ -2,6 +2,7 @@
 them, and deliberately wrong variants that must be seen to differ."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import model as model_file
 import sparsevila
-from checkpoints import load
+from checkpoints import llava_next, load
 from checkpoints.processor import Clip, View
 from model import ACTIVATIONS, merge_patches
 from tools import ask
@@ -37,12 +38,18 @@ class Family:
         return [Image.fromarray(self.expected[name].numpy()) for name in names]
 
     def ids(self, views: list[View]) -> torch.Tensor:
-        """Context and first question; VILA's placeholders as they are recorded."""
-        counts = [self.vlm.config.vision.visual_tokens] * len(views)
-        ids = self.processor.context(counts, views)
+        """Context and first question; VILA's placeholders as they are recorded, and LLaVA-NeXT's
+        new lines, which transformers counts among the visual tokens."""
+        pieces = [torch.zeros(self.vlm.config.vision.visual_tokens)] * len(
+            self.processor.pixels(views)
+        )
+        ids = self.processor.context(list(map(len, self.processor.join(views, pieces))), views)
         ids = torch.tensor(ids + self.processor.question(self.question, first=True, views=views))
+        image = self.processor.image_token_id
+        if self.vlm.config.newline_id is not None:
+            ids[ids == self.vlm.config.newline_id] = image
         beyond = (self.expected["input_ids"] == -1).any()
-        return torch.where(ids == self.processor.image_token_id, -1, ids) if beyond else ids
+        return torch.where(ids == image, -1, ids) if beyond else ids
 
     def differences(self) -> dict[str, float]:
         """The largest deviation from every recorded tensor, over 1e-4 + 1e-4 * |expected|."""
@@ -52,9 +59,10 @@ class Family:
         summary = vlm.vision_tower.summary_tokens
         states, q, k = vlm.vision_tower(pixels, -1)
         visual = vlm.project(torch.stack(vlm.encode(pixels)))
-        ids = self.processor.context([visual.shape[1]] * len(views), views)
+        joined = self.processor.join(views, list(visual))
+        ids = self.processor.context(list(map(len, joined)), views)
         ids += self.processor.question(self.question, first=True, views=views)
-        logits = vlm(vlm.embed(ids, visual.flatten(0, 1)))
+        logits = vlm(vlm.embed(ids, torch.cat(joined)))
         ours = {
             "pixels": pixels,
             "input_ids": self.ids(views),
@@ -88,12 +96,13 @@ def test_everything_agrees_with_transformers(family):
 
 
 def test_the_greedy_answer_is_that_of_transformers(family):
-    vlm, expected = family.vlm, family.expected
-    visual = vlm.project(torch.cat(vlm.encode(expected["pixels"])))
-    ids = expected["input_ids"]
-    embeddings = vlm.embed(torch.where(ids == -1, vlm.config.image_token_id, ids), visual)
-    tokens = expected["tokens"].tolist()
-    assert vlm.generate(embeddings, max_new_tokens=16) == tokens
+    vlm, processor, expected = family.vlm, family.processor, family.expected
+    views = processor.views(family.pictures()[:1])
+    features = processor.join(views, vlm.encode(expected["pixels"]))
+    ids = processor.context(list(map(len, features)), views)
+    ids += processor.question(family.question, first=True, views=views)
+    embeddings = vlm.embed(ids, vlm.project(torch.cat(features)))
+    assert vlm.generate(embeddings, max_new_tokens=16) == expected["tokens"].tolist()
 
 
 @pytest.mark.parametrize("case", ["many", "small", "squashed"])
@@ -213,6 +222,40 @@ def forget_rope_factor(patch, vlm):
     )
 
 
+def joined_otherwise(change):
+    """LLaVA-NeXT's grid joined, cut out or ended in another way."""
+
+    def wrong(patch, vlm):
+        family = llava_next.Processor
+        right = family.join
+
+        def tile_by_tile(self, views, rows):
+            whole, grid = right(self, views, rows)
+            return [whole, torch.cat(rows[1:])[: len(grid)]]
+
+        def all_of_the_canvas(self, view):
+            side = math.isqrt(self.config.vision.patches)
+            return 0, 0, side * max(1, view.columns), side * max(1, view.rows)
+
+        def without_ends(self, view, kept):
+            return [self.image_token_id] * len(kept)
+
+        def one_end(self, view, kept):
+            return [self.image_token_id] * len(kept) + [self.config.newline_id] * bool(view.rows)
+
+        changes = {
+            "tiles": ("join", tile_by_tile), "padding": ("_grid", all_of_the_canvas),
+            "no ends": ("ids_of_view", without_ends), "one end": ("ids_of_view", one_end),
+        }  # fmt: skip
+        patch.setattr(family, *changes[change])
+
+    return wrong
+
+
+def wrong_newline(patch, vlm):
+    patch.setattr(vlm, "image_newline", torch.nn.Parameter(torch.zeros_like(vlm.image_newline)))
+
+
 def summary_only(patch, vlm):
     """The first patch taken for a class token."""
     patch.setattr(
@@ -234,6 +277,11 @@ def summary_only(patch, vlm):
         ("llava", without("pre_layrnorm"), "features"),
         ("llava", forget_scale, "salience"),
         ("llava", rotate_interleaved, "logits"),
+        ("llava_next", joined_otherwise("tiles"), "logits"),
+        ("llava_next", joined_otherwise("padding"), "logits"),
+        ("llava_next", joined_otherwise("no ends"), "logits"),
+        ("llava_next_mistral", joined_otherwise("one end"), "logits"),
+        ("llava_next", wrong_newline, "logits"),
         ("smolvlm", activation("gelu", "tower"), "features"),
         ("smolvlm", activation("quick_gelu", "tower"), "features"),
         ("smolvlm", layer(2), "features"),

@@ -217,7 +217,7 @@ def test_line_counts():
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) <= 205 and len(README.encode()) <= 14_000
+    assert len(README.splitlines()) <= 215 and len(README.encode()) <= 14_000
 
 
 @pytest.mark.parametrize(

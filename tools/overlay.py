@@ -188,8 +188,9 @@ def _places(views: list[View], edge: int) -> list[tuple[int, int]]:
     for view in views:
         if view.row:
             places.append((left + (view.column - 1) * edge, (view.row - 1) * edge))
-        else:
-            places.append((left + view.columns * edge + (GAP if view.columns else 0), 0))
+        else:  # beside its tiles, where it has some
+            tiles = any(other.row and other.number == view.number for other in views)
+            places.append((left + tiles * (view.columns * edge + GAP), 0))
             left = places[-1][0] + edge + GAP
     return places
 

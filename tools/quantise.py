@@ -107,7 +107,7 @@ def calibration(
         # 1. A picture as the session prunes it.
         views = processor.views([pictures[number % len(pictures)]])
         pixels.append(processor.pixels(views))
-        features, salience = session.encode(pixels[-1])
+        features, salience = (processor.join(views, x) for x in session.encode(pixels[-1]))
         sizes = [len(x) for x in features]
         features, kept = session.prune(features, salience)
 

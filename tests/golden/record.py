@@ -30,6 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.image_processing_utils import select_best_resolution
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUESTION = "what is it? 42\n\nIt's naïve…"  # digits, empty lines, contractions, accents
@@ -259,6 +260,108 @@ def record_llava(out: Path) -> dict[str, Tensor]:
         "picture_1": as_tensor(pictures[1]),
         "many_pixels": pixels,
         "many_input_ids": torch.tensor(many),
+    }
+
+
+def record_llava_next(out: Path, name: str) -> dict[str, Tensor]:
+    """llava_next: Vicuna's prompt, hub-old names. llava_next_mistral: Mistral's prompt and decoder,
+    names and settings as transformers write them today."""
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextProcessor,
+    )
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    tokenizer, folder, new = llama_tokenizer(), out / name, name.endswith("mistral")
+    image_id, vocab = tokenizer.token_to_id("<image>"), tokenizer.get_vocab_size()
+    canvases = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+    text = {**TEXT, "model_type": "mistral" if new else "llama", "vocab_size": vocab}
+    text |= {"rms_norm_eps": 1e-5}
+    if new:
+        text |= {"sliding_window": None}
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    else:
+        text |= {"rope_theta": 10000.0}
+    config = {
+        "model_type": "llava_next", "image_token_index": image_id, "torch_dtype": "float32",
+        "image_grid_pinpoints": canvases, "tie_word_embeddings": False,
+        "vision_config": {"model_type": "clip_vision_model", **VISION, "projection_dim": 16},
+        "text_config": text,
+    }  # fmt: skip
+    theirs = json.loads(json.dumps(config))
+    theirs["text_config"].setdefault(
+        "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**theirs))
+    randomise(model, 5 + new).set_attn_implementation("eager")
+    images = {
+        "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3,
+        "image_grid_pinpoints": canvases,
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"eos_token_id": 2})
+    rule = {"processor_class": "LlavaNextProcessor", "patch_size": 8}
+    rule |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    if new:
+        write_json(folder / "processor_config.json", {"image_processor": images, **rule})
+    else:
+        write_json(folder / "preprocessor_config.json", images)
+        write_json(folder / "processor_config.json", rule)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {
+        "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "model.image_newline": "image_newline",
+        "lm_head.": "language_model.lm_head.",
+    }
+    write_weights(folder / "model.safetensors", renamed(model, {} if new else names))
+
+    slow = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    process = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(**images), slow, patch_size=8, image_token="<image>",
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    start, end = ("[INST] ", " [/INST]") if new else ("USER: ", " ASSISTANT:")
+    if not new:
+        start = (
+            "A chat between a curious human and an artificial intelligence assistant. The assistant"
+            " gives helpful, detailed, and polite answers to the human's questions. " + start
+        )
+    pictures = [picture(8, 75, 50), picture(9, 33, 90), picture(10, 30, 31), picture(11, 200, 9)]
+
+    def made(shown: list[Image.Image]) -> tuple[dict, Tensor]:
+        """Inputs, and the pixels of all tiles that are no padding."""
+        prompt = start + "<image>\n" * len(shown) + QUESTION + end
+        inputs = process(images=shown, text=prompt, return_tensors="pt")
+        counts = [
+            1 + (h // 32) * (w // 32)
+            for size in inputs["image_sizes"].tolist()
+            for h, w in [select_best_resolution(size, canvases)]
+        ]
+        return inputs, torch.cat([x[:n] for x, n in zip(inputs["pixel_values"], counts)])
+
+    inputs, pixels = made(pictures[:1])
+    many, many_pixels = made(pictures)
+    inputs.pop("token_type_ids", None)
+    tower = model.model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+    features = tower.hidden_states[-2][:, 1:]
+    tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    return {
+        "pixels": pixels,
+        "input_ids": inputs["input_ids"][0],
+        "features": features,
+        "attention": tower.attentions[-1][:, :, :1].clone(),
+        "projected": model.model.multi_modal_projector(features),
+        "logits": model(**inputs).logits,
+        "tokens": tokens[0, inputs["input_ids"].shape[1] :],
+        "many_pixels": many_pixels,
+        "many_input_ids": many["input_ids"][0],
+        **{f"picture_{number}": as_tensor(image) for number, image in enumerate(pictures)},
     }
 
 
@@ -591,6 +694,8 @@ def record_vila(out: Path, name: str) -> dict[str, Tensor]:
 FAMILIES = {
     "tiny": record_tiny,
     "llava": record_llava,
+    "llava_next": lambda out: record_llava_next(out, "llava_next"),
+    "llava_next_mistral": lambda out: record_llava_next(out, "llava_next_mistral"),
     "smolvlm": record_smolvlm,
     "smolvlm2": lambda out: record_smolvlm(out, version=2),
     "nvila": lambda out: record_vila(out, "nvila"),
