@@ -866,7 +866,7 @@ def _quantize_block(
 
 def replace_linears(block: nn.Module, quantised: Callable[[nn.Linear], nn.Module]) -> None:
     """Put what `quantised` makes of a Linear in its place, for all of a block's."""
-    for parent in (block.self_attn, block.mlp):
+    for parent in list(block.modules()):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear):
                 setattr(parent, name, quantised(linear))
@@ -947,9 +947,10 @@ def quantize_tower(
 ) -> None:
     """Turn every Linear of a vision tower's blocks into a `W8A8Linear`, in place.
 
-    tower: `layers` of pre-norm blocks named as `model.VisionBlock`; batches: pixels as it takes
-    them. Smoothed are the inputs of queries, keys and values and of the first MLP layer; alpha None
-    does not smooth. The patch embedding, positions and norms stay as they are.
+    tower: `layers` of pre-norm blocks that name the `readers` of their norms, as
+    `model.VisionBlock` does; batches: pixels as it takes them. Smoothed are the inputs of queries,
+    keys and values and of the first MLP layer; alpha None does not smooth. The patch embedding,
+    positions and norms stay as they are.
     Raises: ValueError for no batches, for NaN, and for sizes that 8 does not divide. The tower is
     then quantised in part.
     """
@@ -959,19 +960,14 @@ def quantize_tower(
         now = out.flatten(0, -2).abs().amax(0).float()
         largest[norm] = torch.maximum(largest[norm], now) if norm in largest else now
 
-    norms = [n for block in tower.layers for n in (block.layer_norm1, block.layer_norm2)]
+    norms = [norm for block in tower.layers for norm in block.readers()]
     with _hooked(*(norm.register_forward_hook(record) for norm in norms)):
         for pixels in batches:
             tower(pixels, -1)  # as far as the last attention
     if not largest:
         raise ValueError("batches must hold at least one batch, got none")
     for block in tower.layers:
-        attention = block.self_attn
-        readers = {
-            block.layer_norm1: [attention.q_proj, attention.k_proj, attention.v_proj],
-            block.layer_norm2: [block.mlp.fc1],
-        }
-        for norm, linears in readers.items():
+        for norm, linears in block.readers().items():
             if alpha is not None and norm in largest:  # parts of the last block may never run
                 smooth(norm, linears, largest[norm], alpha=alpha)
         replace_linears(block, W8A8Linear.from_linear)

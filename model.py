@@ -86,11 +86,12 @@ class TextConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # positions are divided by it
-    # M-RoPE (multimodal): for each of the D/2 pairs the axis (0 time, 1 row, 2 column) whose
-    # position rotates it. No family in checkpoints/ has it yet, tests/ragged_family.py has.
+    # M-RoPE (multimodal, Qwen): for each of the D/2 pairs the axis (0 time, 1 row, 2 column) whose
+    # position rotates it.
     rope_axes: tuple[int, ...] = ()
     max_positions: int = 2048
     qkv_bias: bool = False
+    qk_norm: bool = False  # Qwen3: queries and keys of every head are normalised
     tied: bool = False  # the output head is the embedding table
 
 
@@ -108,6 +109,9 @@ class Config:
     # The id of an embedding beyond the table, which no text has: `VLM.image_newline`, at the end of
     # every row of a picture (LLaVA-NeXT).
     newline_id: int | None = None
+    # DeepStack (Qwen3-VL): a patch has so many vectors beside that which becomes a visual token;
+    # projected, they are added to what the first decoder layers give for it.
+    deepstack: int = 0
 
 
 # --- small layers ---------------------------------------------------------------------------------
@@ -219,6 +223,12 @@ class VisionBlock(nn.Module):
         x = x + self.self_attn(self.layer_norm1(x), query_key)
         return x + self.mlp(self.layer_norm2(x))
 
+    def readers(self) -> dict[nn.Module, list[nn.Linear]]:
+        """By norm, all Linears that read what it gives."""
+        attention = self.self_attn
+        first = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return {self.layer_norm1: first, self.layer_norm2: [self.mlp.fc1]}
+
 
 class VisionAttention(nn.Module):
     """Multi-head attention without a mask. x (views, T, C) -> (views, T, C)."""
@@ -279,7 +289,8 @@ def merge_patches(x: Tensor, block: int, *, by_columns: bool = False) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Features (..., merge * merge * C) to visual tokens (..., E)."""
+    """Features (..., merge * merge * C) to visual tokens (..., E); with DeepStack (..., merge *
+    merge * (1 + deepstack) * C), patch by patch, to (..., (1 + deepstack) * E)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -291,6 +302,8 @@ class Projector(nn.Module):
             layers = [dense(width, E)]
         elif config.projector == "mlp2x_gelu":
             layers = [dense(width, E), activation(), dense(E, E)]
+        elif config.projector == "merger":  # Qwen's, behind its norm, which is the tower's last
+            layers = [dense(width, width), activation(), dense(width, E)]
         else:  # VILA's mlp_downsample*, whose layer 0 merges patches: the tower's `merge` does it
             layers = [nn.Identity()]
             if config.projector == "mlp_downsample_3x3_fix":
@@ -298,9 +311,20 @@ class Projector(nn.Module):
                 width = 3 * C
             layers += [nn.LayerNorm(width), dense(width, E), activation(), dense(E, E)]
         self.layers = nn.Sequential(*layers)
+        self.patches = config.vision.merge**2
+        self.deepstack = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width, config.vision.eps),
+                dense(width, width), activation(), dense(width, E),
+            )
+            for _ in range(config.deepstack)
+        )  # fmt: skip
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        vectors = features.unflatten(-1, (self.patches, 1 + len(self.deepstack), -1))
+        first, *others = vectors.transpose(-2, -3).flatten(-2).unbind(-2)
+        deeper = [part(x) for part, x in zip(self.deepstack, others)]
+        return torch.cat([self.layers(first), *deeper], -1)
 
 
 # --- decoder --------------------------------------------------------------------------------------
@@ -322,11 +346,14 @@ class Decoder(nn.Module):
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """embeddings (B, T, E) at positions (T,), (B, 1, T) or, M-RoPE, (3, T) -> hidden states (B,
-        T, E)."""
-        x = embeddings
+        T, E). Of wider embeddings (B, T, (1 + n) E) the further parts are added to the outputs of
+        the first n layers (DeepStack)."""
+        x, *deeper = embeddings.split(self.config.width, -1)
         cos, sin = (table.to(x.dtype) for table in rotary_table(positions, self.config))
         for layer, block in enumerate(self.layers):
             x = block(x, layer, cos, sin, attend)
+            if layer < len(deeper):
+                x = x + deeper[layer]
         return self.norm(x)
 
 
@@ -357,6 +384,9 @@ class DecoderAttention(nn.Module):
         self.k_proj = Linear(E, config.kv_heads * D, bias=bias)
         self.v_proj = Linear(E, config.kv_heads * D, bias=bias)
         self.o_proj = Linear(config.heads * D, E, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(D, config.eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x (B, T, E), cos and sin from `rotary_table` -> (B, T, E)."""
@@ -364,6 +394,7 @@ class DecoderAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # q (B, H, T, D), k and v (B, G, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
         out = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -603,7 +634,8 @@ class VLM(nn.Module):
         return features
 
     def project(self, features: Tensor) -> Tensor:
-        """Project features (..., merge * merge * C) to visual tokens (..., E)."""
+        """Visual tokens (..., E) of features (..., merge * merge * C); both are wider with
+        DeepStack, see `Projector`."""
         with inference(self.device):
             return self.projector(features)
 
@@ -612,7 +644,8 @@ class VLM(nn.Module):
     @torch.no_grad()
     def embed(self, input_ids: Tensor | list[int], visual: Tensor | None = None) -> Tensor:
         """Embeddings (1, T, E) of input_ids (T,), with the rows of visual (V, E) at the image
-        placeholders, in order.
+        placeholders, in order; with DeepStack both are (1 + deepstack) times as wide, text with
+        zeros.
 
         The placeholder id is never looked up: it may lie beyond the table.
         Raises: ValueError if V is not the number of placeholders, or an id lies beyond the table.
@@ -630,6 +663,7 @@ class VLM(nn.Module):
             found = f"{int(ids.min())} .. {int(ids.max())}"
             raise ValueError(f"token ids must be in [0, {vocab}), got {found}")
         embeddings = self.decoder.embed_tokens(ids.to(self.device))
+        embeddings = F.pad(embeddings, (0, self.config.deepstack * self.config.text.width))
         if V:
             embeddings[placeholder.to(self.device)] = visual.to(embeddings)
         if newline.any():
@@ -715,7 +749,8 @@ class VLM(nn.Module):
         finite.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed, stop_ids)
-        shape, E = tuple(embeddings.shape), self.config.text.width
+        E = (1 + self.config.deepstack) * self.config.text.width
+        shape = tuple(embeddings.shape)
         if len(shape) != 3 or shape[0] != 1 or shape[1] < 1 or shape[2] != E:
             raise ValueError(f"embeddings must be (1, T, {E}) with T at least 1, got {shape}")
         T = shape[1]

@@ -24,11 +24,13 @@ import torch
 
 from model import VLM, Config
 
-from . import llava, llava_next, smolvlm, values, vila, weights
+from . import llava, llava_next, qwen2_5_vl, qwen3_vl, smolvlm, values, vila, weights
 from .processor import Processor
 
 FAMILIES: dict[str, ModuleType] = {
-    kind: family for family in (llava, llava_next, smolvlm, vila) for kind in family.MODEL_TYPES
+    kind: family
+    for family in (llava, llava_next, qwen2_5_vl, qwen3_vl, smolvlm, vila)
+    for kind in family.MODEL_TYPES
 }
 
 

@@ -25,7 +25,14 @@ DECODERS = {
     "llama": TextConfig(),
     "mistral": TextConfig(mlp=14336, kv_heads=8, max_positions=131072),
     "qwen2": TextConfig(vocab=151936, mlp=22016, max_positions=32768, qkv_bias=True),
-}
+    "qwen2_5_vl_text": TextConfig(
+        vocab=152064, width=8192, mlp=29568, layers=80, heads=64, kv_heads=8, eps=1e-5,
+        rope_theta=1e6, max_positions=32768, qkv_bias=True,
+    ),
+    "qwen3_vl_text": TextConfig(
+        vocab=151936, mlp=22016, rope_theta=5e5, max_positions=128000, qk_norm=True,
+    ),
+}  # fmt: skip
 
 
 def vision_config(raw: dict, default_tower: str, layer_key: str | None = None) -> VisionConfig:
@@ -87,6 +94,8 @@ def text_config(raw: dict) -> TextConfig:
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
     scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling == "mrope" and kind.startswith("qwen2_5_vl"):
+        scaling = "default"
     if scaling not in ("default", "linear") or (scaling == "default" and "factor" in rope):
         raise ValueError(f"rope scaling must be 'default' or 'linear', got {rope!r}")
     factor = values.number(rope, "factor", None) if scaling == "linear" else 1.0
@@ -104,12 +113,13 @@ def text_config(raw: dict) -> TextConfig:
         kv_heads=values.size(
             section, "num_key_value_heads", heads if kind == "llama" else default.kv_heads
         ),
-        head_dim=values.size(section, "head_dim", width // heads),
+        head_dim=values.size(section, "head_dim", 128 if default.qk_norm else width // heads),
         eps=values.number(section, "rms_norm_eps", default.eps),
         rope_theta=values.number(section | rope, "rope_theta", default.rope_theta),
         rope_factor=factor,
         max_positions=min(int(positions * factor), sliding_window(section, kind)),
         qkv_bias=default.qkv_bias,
+        qk_norm=default.qk_norm,
         tied=values.flag(raw, "tie_word_embeddings", False)
         or values.flag(section, "tie_word_embeddings", False),
     )
@@ -126,9 +136,9 @@ def text_config(raw: dict) -> TextConfig:
 def sliding_window(section: dict, kind: str) -> int:
     """How many positions a row sees in the layers that see fewest; 2**28 where all see everything.
     Up to that many, attention with a window is full attention, so that model.py needs none."""
-    if kind == "qwen2" and not values.flag(section, "use_sliding_window", False):
+    if kind.startswith("qwen2") and not values.flag(section, "use_sliding_window", False):
         return 2**28
-    if kind == "llama" or section.get("sliding_window", 0) is None:
+    if kind in ("llama", "qwen3_vl_text") or section.get("sliding_window", 0) is None:
         return 2**28
     return values.size(section, "sliding_window", 4096, most=2**28)
 

@@ -49,6 +49,7 @@ class View(NamedTuple):
     second: float | None = None  # of a frame: when it comes in its clip
     duration: float | None = None  # of the clip, in seconds
     original: tuple[int, int] | None = None  # size of the picture as given, if the family needs it
+    second_picture: Image.Image | None = None  # of a pair of frames that are one view (Qwen)
 
 
 class Layout(NamedTuple):
@@ -87,6 +88,7 @@ class Processor:
     picture_tokens: list[str] = []  # special tokens that pictures need
     config_keys: tuple[str, ...] = ()  # of config.json, that belong to the settings
     end_of_view: tuple[int, ...] = ()  # token ids that follow the visual tokens of every view
+    sampling: dict[str, Any] = {}  # how the checkpoint's authors draw tokens; not applied
 
     def __init__(
         self,
@@ -137,7 +139,9 @@ class Processor:
         settings |= {key: folder.config[key] for key in cls.config_keys if key in folder.config}
         try:
             tokenizer = read_tokenizer(folder, max(config.text.vocab, config.image_token_id + 1))
-            return cls(tokenizer, config, settings, **texts)
+            made = cls(tokenizer, config, settings, **texts)
+            made.sampling = values.sampling(folder)
+            return made
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from None
 
@@ -160,8 +164,12 @@ class Processor:
         """Pictures, or their views -> (pieces, 3, S, S) float32, scaled and normalised per channel;
         where pieces differ in size, one tensor for each."""
         views = pictures if isinstance(pictures[0], View) else self.views(pictures)
-        pixels = [self._normalise(piece) for view in views for piece in self.pieces(view)]
+        pixels = [x for view in views for x in self.pixels_of(view)]
         return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+
+    def pixels_of(self, view: View) -> list[Tensor]:
+        """The pixels of every piece of a view."""
+        return [self._normalise(piece) for piece in self.pieces(view)]
 
     def pieces(self, view: View) -> list[Image.Image]:
         """What the tower sees of a view, one after the other; the view itself in most families."""
@@ -226,16 +234,22 @@ class Processor:
         kept: of each view the visual tokens that stay, (K,) ascending; a number n for the first n.
         views: separate whole pictures if None.
         """
+        return [i for part in self.parts(kept, views) for i in part]
+
+    def parts(
+        self, kept: Sequence[Tensor] | Sequence[int], views: list[View] | None = None
+    ) -> list[list[int]]:
+        """The token ids of `context`, apart: text, the first view, text, and so on."""
         views = _whole(len(kept)) if views is None else views
         # The text after the last picture belongs to the first question, see `question`.
         before, *after = (self._start + self._text(views)).split("{image}")
         ids = self._encode(before, start=True)
         begin = [i for i in self._begin_ids if i not in {*self.config.stop_ids, *self.stop_ids}]
-        ids = ids if {*begin} <= {*ids} else begin + ids  # the template may have its own
+        parts = [ids if {*begin} <= {*ids} else begin + ids]  # the template may have its own
         for view, stays, text in zip(views, kept, [*after[:-1], ""], strict=True):
             stays = torch.arange(stays, device="cpu") if isinstance(stays, Integral) else stays
-            ids += self.ids_of_view(view, stays) + self._encode(text)
-        return ids
+            parts += [self.ids_of_view(view, stays), self._encode(text)]
+        return parts
 
     def ids_of_view(self, view: View, kept: Tensor) -> list[int]:
         """Token ids that stand for a view of which the visual tokens `kept` (K,) stay."""

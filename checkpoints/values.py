@@ -140,6 +140,27 @@ def pinpoints(raw: dict, default: list[list[int]], tile: int) -> list[list[int]]
     return found
 
 
+def pixel_bounds(raw: dict, default: tuple[int, int]) -> tuple[int, int]:
+    """How many pixels a picture has, at least and at most: min_pixels and max_pixels, or in newer
+    files shortest_edge and longest_edge of `size`, which are no edges."""
+    edges = raw.get("size") if isinstance(raw.get("size"), dict) else {}
+    newer = {"min_pixels": edges.get("shortest_edge"), "max_pixels": edges.get("longest_edge")}
+    raw = newer | {key: raw[key] for key in newer if raw.get(key) is not None}
+    low, high = (size(raw, *pair, most=2**40) for pair in zip(newer, default))
+    if low > high:
+        raise ValueError(f"min_pixels must be at most max_pixels, got {low} and {high}")
+    return low, high
+
+
+def layer_numbers(raw: dict, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Ascending numbers of layers, from 0 on."""
+    found = raw.get(key, list(default))
+    counts = isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
+    if not counts or found != sorted(set(found)):
+        raise ValueError(f"{key} must be ascending numbers of layers, got {found!r}")
+    return tuple(found)
+
+
 def switched_on(raw: dict, key: str) -> None:
     """A step of the picture processor that must not be false."""
     if not flag(raw, key, True):
@@ -175,6 +196,16 @@ def stop_ids(folder: Folder) -> tuple[int, ...]:
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"eos_token_id must be an id or a list of ids, got {ids!r}")
     return tuple(ids)
+
+
+def sampling(folder: Folder) -> dict[str, Any]:
+    """How generation_config.json wants tokens drawn, where that is not transformers' default.
+    Nothing here applies it."""
+    raw = next(iter(folder.read("generation_config.json")), {})
+    default = {"repetition_penalty": 1.0}
+    if raw.get("do_sample"):
+        default |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    return {k: raw[k] for k, plain in default.items() if raw.get(k) not in (None, plain)}
 
 
 def stored_dtype(folder: Folder) -> torch.dtype:

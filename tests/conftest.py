@@ -31,7 +31,7 @@ TINY = ROOT / "tiny"
 # Folders of tests/golden, a tiny random checkpoint of each family and layout.
 FAMILIES = [
     "llava", "llava_next", "llava_next_mistral", "smolvlm", "smolvlm2", "nvila", "longvila",
-    "nvila_hf",
+    "nvila_hf", "qwen2_5_vl", "qwen3_vl",
 ]  # fmt: skip
 
 

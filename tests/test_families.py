@@ -159,7 +159,7 @@ def test_the_boxes_of_the_brightest_tokens_lie_on_the_bright_square(name, size):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("size", [(1, 1), (1, 60), (900, 3), (33, 32)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 60), (900, 5), (33, 32)])
 def test_pictures_of_any_shape_work(name, size):
     vlm, processor = load(GOLDEN / name, device="cpu")
     session = SparseVILA(vlm, processor)
@@ -296,7 +296,7 @@ def without_token(token: str):
         ("llava_next", change("config.json", image_grid_pinpoints=[[32, 40]]), "multiples of 32"),
         ("llava_next", change("config.json", image_grid_pinpoints=[]), "must be pairs of heights"),
         ("llava_next", inner("vision_config", image_size=40), "crop_size must be the tower's"),
-        ("llava", change("config.json", model_type="qwen2_5_vl"), "'qwen2_5_vl' is not supported"),
+        ("llava", change("config.json", model_type="qwen2_vl"), "'qwen2_vl' is not supported"),
         ("nvila", change("config.json", image_aspect_ratio="dynamic_s2"), "dynamic_s2, features"),
         ("nvila", change("config.json", dynamic_s2=True), "dynamic_s2, features of several"),
         ("nvila", change("config.json", image_aspect_ratio="odd"), "image_aspect_ratio .*'odd'"),

@@ -84,7 +84,10 @@ def deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((got - expected).abs() / (1e-4 + 1e-4 * expected.abs())).max())
 
 
-@pytest.fixture(scope="module", params=["tiny", *FAMILIES])
+ALIKE = [name for name in FAMILIES if not name.startswith("qwen")]  # see test_golden_qwen.py
+
+
+@pytest.fixture(scope="module", params=["tiny", *ALIKE])
 def family(request) -> Family:
     return Family(request.param)
 
@@ -322,10 +325,9 @@ def test_the_command_line_runs_on_a_folder_of_every_family(name, tmp_path, page)
     run = command_line(ask.main, *arguments, "--overlay", tmp_path / "overlay.png")
     assert run.returncode == 0 and run.stderr == f"wrote {tmp_path / 'overlay.png'}\n"
     result = json.loads(run.stdout)
-    tokens, n = result["visual_tokens"], Family(name).vlm.config.vision.visual_tokens
-    assert tokens["encoded"] % n == 0 and tokens["kept"] == tokens["encoded"] // n * (
-        n - n * 3 // 4
-    )
+    tokens = result["visual_tokens"]
+    views = len(Family(name).processor.views([Image.open(page).convert("RGB")]))
+    assert 0 <= tokens["kept"] - tokens["encoded"] / 4 < views
     assert len(result["answers"]) == 2 and (tmp_path / "overlay.png").stat().st_size > 1000
 
 

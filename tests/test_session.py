@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -324,6 +325,18 @@ def test_what_may_not_be_as_expected_is_noted():
     assert several.returncode == 0 and "only the first frame of" in several.stderr
     plain = run("--image", SAMPLES / "receipt.png", "--ask", "what costs 3.10?", "why?")
     assert plain.stderr.count("note: ") == 1 and plain.stdout.count("\n  sparse ") == 2
+
+
+def test_the_authors_sampling_is_told_and_not_applied(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    for drawn, told in ((True, "temperature 0.6, top_k 20"), (False, "repetition_penalty 1.05")):
+        sampling = {"do_sample": drawn, "temperature": 0.6, "top_k": 20, "top_p": 1.0}
+        sampling |= {} if drawn else {"repetition_penalty": 1.05}
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | sampling))
+        asked = ["--model", folder, "--ask", "what costs 3.10?", "--sparse"]
+        result = run(*asked)
+        assert f"sample with {told};" in result.stderr and "bread" in result.stdout
+        assert "sample with" not in run(*asked, "--temperature", "0.01").stderr
 
 
 def test_times_are_medians_and_printed_only_when_asked_for():

@@ -76,6 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
         size = pictures_of(images)[0].size
         if size != (SIDE, SIDE) or not all(map(is_known, questions)):
             note(READS)
+    if processor.sampling and not arguments.temperature:
+        theirs = ", ".join(f"{key} {value}" for key, value in processor.sampling.items())
+        note(f"the checkpoint's authors sample with {theirs}; here the likeliest token is taken")
     session = (Dense if arguments.dense else SparseVILA)(model, processor, **settings)
     sessions = {"dense" if arguments.dense else "sparse": session}
     if not (arguments.dense or arguments.sparse or arguments.json or arguments.chat):

@@ -121,7 +121,9 @@ def _compose(panels: list[Panel], costs: str, legend: dict[str, Outline]) -> Ima
     views = panels[0].session.views
     edge = 160 if any(view.rows for view in views) else max(views[0].picture.width, 320)
     places = _places(views, edge)
-    width, tall = (max(place[axis] for place in places) + edge for axis in (0, 1))
+    drawn = [_scaled(view.picture, edge) for view in views]
+    width, tall = (max(p[i] + size[i] for p, size in zip(places, drawn)) for i in (0, 1))
+    width = max(width, 320)  # for the words above
     heads = [
         [(line, colour) for text, colour in panel.words for line in _wrapped(text, width)]
         for panel in panels
@@ -147,8 +149,7 @@ def _compose(panels: list[Panel], costs: str, legend: dict[str, Outline]) -> Ima
             draw.text((left, upper + line * LINE), text, colour, FONT)
         first = 0
         for view, kept, (x, y) in zip(views, panel.session.kept, places):
-            scale = edge / max(view.picture.size)
-            picture = view.picture.resize(tuple(round(scale * side) for side in view.picture.size))
+            picture = view.picture.resize(_scaled(view.picture, edge))
             boxes = panel.session.processor.token_boxes(view, picture.size)
             outlines = panel.outlines[first : first + len(kept)]
             first += len(kept)
@@ -164,6 +165,11 @@ def _compose(panels: list[Panel], costs: str, legend: dict[str, Outline]) -> Ima
     for number, line in enumerate(foot, 1):
         draw.text((GAP, below + number * LINE), line, "black", FONT)
     return whole
+
+
+def _scaled(picture: Image.Image, edge: int) -> tuple[int, int]:
+    """The size of a picture whose longer side is drawn so many pixels long."""
+    return tuple(max(1, round(edge * side / max(picture.size))) for side in picture.size)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -502,6 +502,165 @@ def record_clips(prompt) -> dict[str, Tensor]:
     return recorded
 
 
+# --- Qwen -----------------------------------------------------------------------------------------
+
+
+def record_qwen(out: Path, name: str) -> dict[str, Tensor]:
+    """qwen2_5_vl: flat settings and hub-old names. qwen3_vl: settings of today. Pictures of any
+    size, and a clip whose frames need no resizing."""
+    import importlib
+
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.vision_utils import get_vision_window_index
+
+    third = name == "qwen3_vl"
+    source = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    folder = out / name
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    tokenizer = byte_tokenizer(QWEN2_SPLIT, special)
+    ids = {token.strip("<|>"): tokenizer.token_to_id(token) for token in special}
+    vision = {
+        "depth": 4, "hidden_size": 24, "num_heads": 2, "intermediate_size": 40, "patch_size": 8,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "out_hidden_size": 32,
+    }  # fmt: skip
+    text = {**TEXT, "vocab_size": tokenizer.get_vocab_size(), "rms_norm_eps": 1e-6}
+    text |= {"torch_dtype": "float32", "eos_token_id": ids["im_end"], "tie_word_embeddings": third}
+    if third:
+        vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
+        vision |= {"hidden_act": "gelu_pytorch_tanh", "model_type": "qwen3_vl"}
+        rope = {"rope_type": "default", "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+        text |= {"head_dim": 16, "num_hidden_layers": 3, "model_type": "qwen3_vl_text"}
+        text |= {"rope_theta": 5e6, "rope_scaling": rope}
+    else:
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1, 3], "hidden_act": "silu"}
+        vision |= {"tokens_per_second": 1}
+        rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+        text |= {"rope_theta": 1e6, "rope_scaling": rope, "use_sliding_window": False}
+        text |= {"sliding_window": 64}
+    top = {
+        "model_type": name, "torch_dtype": "float32", "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"], "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"], "tie_word_embeddings": third,
+    }  # fmt: skip
+    nested = {"vision_config": vision, "text_config": text}
+    write_json(
+        folder / "config.json",
+        top | (nested if third else {**text, **top, "vision_config": vision}),
+    )
+    theirs = json.loads(json.dumps(top | nested))
+    theirs["text_config"]["rope_parameters"] = {
+        **rope, "rope_type": "default", "rope_theta": text["rope_theta"],
+    }  # fmt: skip
+    del theirs["text_config"]["rope_scaling"], theirs["text_config"]["rope_theta"]
+    made = source.__dict__[{True: "Qwen3VLConfig", False: "Qwen2_5_VLConfig"}[third]](**theirs)
+    model = AutoModelForImageTextToText.from_config(made)
+    randomise(model, 20 + third).set_attn_implementation("eager")
+    if third:
+        model.tie_weights()
+    images = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    images |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if third else {}
+    limits = {"min_pixels": 2048, "max_pixels": 8192}
+    if third:
+        limits = {"size": {"shortest_edge": 2048, "longest_edge": 8192}}
+    bounds = {"shortest_edge": 1024, "longest_edge": 2**20 if third else 8192}
+    write_json(folder / "video_preprocessor_config.json", {"size": bounds, "fps": 2, **images})
+    write_json(folder / "preprocessor_config.json", images | limits)
+    eos = [ids["im_end"], ids["endoftext"]]
+    write_json(folder / "generation_config.json", {"eos_token_id": eos})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    old = {"model.language_model.": "model.", "model.visual.": "visual."}
+    tensors = renamed(model, {} if third else old)
+    if third:
+        del tensors["lm_head.weight"]
+    write_weights(folder / "model.safetensors", tensors)
+
+    slow = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    process = Qwen2VLImageProcessorPil(**images, **limits)
+    last: list[Tensor] = []  # attention weights of every slice, in every layer of the tower
+    right = source.eager_attention_forward
+
+    def keep_weights(module, *arguments, **options):
+        result = right(module, *arguments, **options)
+        if type(module).__name__.endswith("VisionAttention"):
+            last.append(result[1])
+        return result
+
+    source.eager_attention_forward = keep_weights
+    system = "" if third else "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+    def prompt(content: str) -> Tensor:
+        text = f"{system}<|im_start|>user\n{content}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        return torch.tensor([slow(text)["input_ids"]])
+
+    def shown(kind: str, tokens: int) -> str:
+        return f"<|vision_start|>{f'<|{kind}_pad|>' * tokens}<|vision_end|>"
+
+    def run(kind: str, pixels: Tensor, grid: Tensor, input_ids: Tensor, **more) -> dict:
+        """What the tower and the model make of pictures, or of clips."""
+        types = (input_ids == ids["image_pad"]).int() + 2 * (input_ids == ids["video_pad"]).int()
+        key = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
+        inputs = {key: pixels, f"{kind}_grid_thw": grid, "mm_token_type_ids": types, **more}
+        positions, _ = model.model.get_rope_index(
+            input_ids, mm_token_type_ids=types, **{f"{kind}_grid_thw": grid}, **more
+        )
+        last.clear()
+        seen = model.model.visual(pixels, grid_thw=grid)
+        slices = int(grid[:, 0].sum())
+        received = torch.cat([weights[0].mean((0, 1)) for weights in last[-slices:]])
+        received = received.view(-1, 4).mean(1)
+        if not third:
+            order, _ = get_vision_window_index(
+                grid, spatial_merge_size=2, window_size=32, patch_size=8
+            )
+            received = torch.zeros_like(received).index_copy(0, order, received)
+        deeper = getattr(seen, "deepstack_features", [])
+        tokens = model.generate(
+            input_ids, **inputs, max_new_tokens=16, do_sample=False, eos_token_id=eos
+        )
+        return {
+            "input_ids": input_ids[0],
+            "positions": positions[:, 0],
+            "salience": received,
+            "projected": torch.cat([seen.pooler_output, *deeper], -1),
+            "logits": model(input_ids, **inputs).logits,
+            "tokens": tokens[0, input_ids.shape[1] :],
+        }
+
+    pictures = [
+        picture(12, 90, 61),
+        picture(13, 40, 200),
+        picture(14, 17, 9),
+        picture(15, 300, 180),
+    ]
+    one, many = process(pictures[:1], return_tensors="pt"), process(pictures, return_tensors="pt")
+    counts = (many["image_grid_thw"].prod(1) // 4).tolist()
+    recorded = {
+        "pixels": one["pixel_values"],
+        **run("image", one["pixel_values"], one["image_grid_thw"],
+              prompt(shown("image", counts[0]))),
+        "many_pixels": many["pixel_values"],
+        "many_input_ids": prompt("".join(shown("image", n) for n in counts))[0],
+        **{f"picture_{number}": as_tensor(image) for number, image in enumerate(pictures)},
+    }  # fmt: skip
+
+    # Four frames, one a second, in two pairs; each frame's half of a pair from the picture that
+    # transformers makes of it twice.
+    frames = [picture(16 + number, 64, 48) for number in range(4)]
+    made = process(frames, return_tensors="pt")["pixel_values"].view(4, 48, 3, 2, 64)
+    pairs = torch.stack([made[::2, :, :, 0], made[1::2, :, :, 1]], 3).flatten(0, 1).flatten(1)
+    if third:
+        content = "".join(f"<{t} seconds>{shown('video', 12)}" for t in (0.5, 2.5))
+        more = {}
+    else:
+        content, more = shown("video", 24), {"second_per_grid_ts": torch.tensor([2.0])}
+    clip = run("video", pairs, torch.tensor([[2, 6, 8]]), prompt(content), **more)
+    source.eager_attention_forward = right
+    recorded |= {f"clip_{key}": tensor for key, tensor in clip.items()} | {"clip_pixels": pairs}
+    return recorded | {f"frame_{number}": as_tensor(image) for number, image in enumerate(frames)}
+
+
 # --- VILA -----------------------------------------------------------------------------------------
 
 QWEN2_SPLIT = (
@@ -698,6 +857,8 @@ FAMILIES = {
     "llava_next_mistral": lambda out: record_llava_next(out, "llava_next_mistral"),
     "smolvlm": record_smolvlm,
     "smolvlm2": lambda out: record_smolvlm(out, version=2),
+    "qwen2_5_vl": lambda out: record_qwen(out, "qwen2_5_vl"),
+    "qwen3_vl": lambda out: record_qwen(out, "qwen3_vl"),
     "nvila": lambda out: record_vila(out, "nvila"),
     "longvila": lambda out: record_vila(out, "longvila"),
     "nvila_hf": lambda out: record_vila(out, "nvila_hf"),
