@@ -226,7 +226,8 @@ def group_size(folder: Folder) -> int | None:
 
     The settings stand in config.json, in the decoder's section of it or in AutoAWQ's older
     quant_config.json, with its own spellings. Raises: ValueError for anything but AWQ with 4 bits,
-    zero points and the "gemm" layout.
+    zero points and the "gemm" layout, or compressed-tensors' "pack-quantized", whose tensors tell
+    the group sizes: None.
     """
     raw = folder.config
     settings = raw.get("quantization_config")
@@ -236,6 +237,8 @@ def group_size(folder: Folder) -> int | None:
         return None
     if not isinstance(settings, dict):
         raise ValueError(f"{folder.path}: quantization_config must be an object, got {settings!r}")
+    if settings.get("quant_method") == "compressed-tensors":
+        return _check_compressed(settings)
     for key, found, accepted in (
         ("quant_method", settings.get("quant_method", "awq"), "awq"),
         ("bits", settings.get("bits", settings.get("w_bit")), 4),
@@ -248,3 +251,23 @@ def group_size(folder: Folder) -> int | None:
     if type(inputs) is not int or not (inputs == -1 or inputs >= 1):
         raise ValueError(f"quantization group_size must be -1 or at least 1, got {inputs!r}")
     return inputs
+
+
+def _check_compressed(settings: dict) -> None:
+    """Raise ValueError for anything of compressed-tensors but four-bit weights."""
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        raise ValueError(f"quantization config_groups must be objects, got {groups!r}")
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group.get("weights"), dict) else {}
+        for key, found, accepted in (
+            ("format", group.get("format") or settings.get("format"), ("pack-quantized",)),
+            ("num_bits", weights.get("num_bits"), (4,)),
+            ("type", weights.get("type", "int"), ("int",)),
+            ("strategy", weights.get("strategy"), ("group", "channel")),
+            ("actorder", weights.get("actorder"), (None,)),
+            ("input_activations", group.get("input_activations"), (None,)),
+        ):
+            if found not in accepted:
+                names = " or ".join(map(repr, accepted))
+                raise ValueError(f"quantization {key} must be {names}, got {found!r}")

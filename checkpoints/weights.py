@@ -4,6 +4,11 @@ A family's name table (`NAMES`) has rows (theirs, ours): how tensors' names begi
 in `VLM`. `translate` reads such a table in either direction; of several rows that fit a name the
 one with the longest beginning counts. In a checkpoint in parts the name of the folder and a dot
 stand before the tensor's name.
+
+Four-bit weights come in two layouts, which tensors tell apart: AutoAWQ's "gemm" (qweight, qzeros,
+scales), which `awq.W4A16Linear` has as well, and compressed-tensors' "pack-quantized"
+(weight_packed, weight_scale, perhaps weight_zero_point), which is repacked as it is read, without
+loss. Axes: K inputs, N outputs of a Linear, G groups of inputs that share a scale.
 """
 
 import re
@@ -17,13 +22,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from awq import W4A16Linear, W8A8Linear
+from awq import W4A16Linear, W8A8Linear, pack
 from model import VLM
 
 from . import values
 from .values import Folder, read_json
 
 Names = list[tuple[str, str]]
+# What becomes of the tensors of a "pack-quantized" Linear.
+REPACKED = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 
 # Tensors that some models use: tables of positions, what follows a tower's last layer.
 OPTIONAL = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)|vision_tower\.(post_layernorm|head)\..*"
@@ -147,25 +154,34 @@ def fill(
     # 1. Make a place for every tensor: quantised layers, and a head of its own even if the
     #    configuration ties it, for a head in the files wins.
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
-    files, group_size = weight_files(folder), values.group_size(folder)
+    files, shapes = weight_files(folder), {}
     for file, prefix in files.items():
         with _weights(file) as tensors:
-            _make_quantised(
-                model, group_size, [translate(prefix + name, names) for name in tensors.keys()]
-            )
+            for name in tensors.keys():
+                ours = translate(prefix + name, names)
+                shapes[ours] = tuple(tensors.get_slice(name).get_shape())
+    _make_quantised(model, values.group_size(folder), shapes)
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
 
-    # 2. Fill every place once.
-    filled: dict[str, str] = {}
+    # 2. Fill every place once; what symmetric weights leave out is there already.
+    filled = {name: "" for name, tensor in wanted.items() if not tensor.is_meta}
+    for name in filled:
+        _set_tensor(model, name, wanted[name].to(device))
     for file, prefix in files.items():
         with _weights(file) as tensors:
             for name in progress(tensors.keys(), f"reading {file.name}", " tensors"):
                 ours = translate(prefix + name, names)
                 if is_unused(ours, model):
                     continue
-                shape = tuple(tensors.get_slice(name).get_shape())
-                _check_tensor(file, name, ours, shape, wanted, filled)
-                tensor = _checked_dtype(file, name, tensors.get_tensor(name), wanted[ours])
+                tensor = tensors.get_tensor(name)
+                path, _, leaf = ours.rpartition(".")
+                if f"{path}.weight_packed" in shapes and leaf != "bias":
+                    if leaf == "weight_shape":  # known
+                        continue
+                    tensor = _repacked(file, name, tensor, wanted.get(f"{path}.scales"))
+                    ours = f"{path}.{REPACKED[leaf]}"
+                _check_tensor(file, name, ours, tuple(tensor.shape), wanted, filled)
+                tensor = _checked_dtype(file, name, tensor, wanted[ours])
                 cast = dtype if isinstance(wanted[ours], nn.Parameter) else tensor.dtype
                 _set_tensor(model, ours, tensor.to(device, cast))
                 filled[ours] = name
@@ -181,13 +197,15 @@ def fill(
         )
 
 
-def _make_quantised(model: VLM, group_size: int | None, names: list[str]) -> None:
-    """Replace the Linears whose tensors in a file are quantised, and only those: lists of modules
-    in configurations are often out of date."""
+def _make_quantised(model: VLM, group_size: int | None, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Replace the Linears whose tensors in the files, of these shapes, are quantised, and only
+    those: lists of modules in configurations are often out of date."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in names:
+    for name in shapes:
         path, _, leaf = name.rpartition(".")
-        if path not in linears or leaf not in ("qweight", "weight_scale"):
+        if path not in linears or leaf not in ("qweight", "weight_packed", "weight_scale"):
+            continue
+        if leaf == "weight_scale" and f"{path}.weight_packed" in shapes:
             continue
         if path == "lm_head":
             raise ValueError(f"{name}: a quantised output head is not supported")
@@ -195,16 +213,50 @@ def _make_quantised(model: VLM, group_size: int | None, names: list[str]) -> Non
         outputs, inputs = linear.weight.shape
         bias = linear.bias is not None
         if leaf == "qweight" and group_size is None:
-            raise ValueError(f"{name} is quantised, but config.json has no quantization_config")
+            raise ValueError(
+                f"{name} is quantised, but config.json has no quantization_config of AWQ"
+            )
         try:
             if leaf == "qweight":
                 layer = W4A16Linear(inputs, outputs, group_size, bias, device="meta")
+            elif leaf == "weight_packed":
+                groups = shapes.get(f"{path}.weight_scale", (outputs, 0))[-1]
+                if not groups or inputs % groups:
+                    raise ValueError(f"{groups} groups of scales for {inputs} inputs")
+                layer = W4A16Linear(inputs, outputs, inputs // groups, bias, device="meta")
+                if f"{path}.weight_zero_point" not in shapes:
+                    layer.qzeros = pack(torch.full((groups, outputs), 8))
             else:
                 layer = W8A8Linear(inputs, outputs, bias, device="meta")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+
+
+def _repacked(file: Path, name: str, tensor: Tensor, scales: Tensor | None) -> Tensor:
+    """A tensor of a "pack-quantized" Linear as `W4A16Linear` has it: weight_packed (N, ceil(K / 8))
+    int32, eight inputs a word, the first lowest; weight_zero_point (ceil(N / 8), G) int32, likewise
+    eight outputs; weight_scale (N, G). scales: those of the layer, (G, N). Raises: ValueError for
+    other tensors, and for scales that float16 does not hold exactly. Source: the library
+    compressed-tensors."""
+    leaf = name.rpartition(".")[2]
+    if leaf not in REPACKED or scales is None or tensor.dim() != 2:
+        raise ValueError(f"{file}: {name} {tuple(tensor.shape)} is no part of four-bit weights")
+    if leaf == "weight_scale":
+        half = tensor.to(torch.float16)
+        if not torch.equal(half.to(tensor.dtype), tensor):
+            raise ValueError(f"{file}: {name} holds scales that float16 cannot, {tensor.dtype}")
+        return half.T.contiguous()
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{file}: {name} must be torch.int32, got {tensor.dtype}")
+    nibble = 4 * torch.arange(8, dtype=torch.int32)
+    if leaf == "weight_zero_point":
+        zeros = (tensor[:, None] >> nibble[:, None] & 0xF).flatten(0, 1)[: scales.shape[1]]
+        return pack(zeros.T)
+    # By blocks of outputs: a word of 4 bytes for every weight would take too much memory.
+    blocks = ((part[..., None] >> nibble & 0xF).flatten(1) for part in tensor.split(512))
+    return torch.cat([pack(codes.T) for codes in blocks], 1)
 
 
 def _check_tensor(
