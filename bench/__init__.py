@@ -8,6 +8,7 @@
     python -m bench awq                       four-bit products beside the library's
     python -m bench load                      memory and time of loading 10^9 weights
     python -m bench make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
+                                              (LLaVA-NeXT, Qwen2.5-VL and Qwen3-VL too)
     python -m bench versus FOLDER             our dense decoding beside Hugging Face transformers'
     python -m bench adapter                   its own generate beside examples/transformers_vlm.py
     python -m bench real MODEL --image FILE   a real checkpoint, by us and by transformers

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from . import TINY, machine, median_and_range, positive, show_progress
-from .random_models import SMOLVLM_TEXT
+from .random_models import TEXTS
 from .versus import Clock
 
 PATCH = 4  # pixels; the picture is a square of `side` patches
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": edge,
             "patch_size": PATCH,
         },
-        text_config=SMOLVLM_TEXT["smolvlm-256m"] | {
+        text_config=TEXTS["smolvlm-256m"] | {
             "model_type": "llama", "head_dim": 64, "vocab_size": len(processor.tokenizer),
             "max_position_embeddings": 2 * side**2 + 4096,
         },

@@ -17,10 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 import awq
-from checkpoints import llava, open_folder
+from checkpoints import llava, open_folder, values
 from checkpoints.processor import Processor, View
 from checkpoints.weights import hub_names, translate
 from model import VLM, Config, TextConfig, VisionConfig
+
+from . import positive
 
 # --- in memory ------------------------------------------------------------------------------------
 
@@ -199,84 +201,156 @@ class NoiseProcessor(Processor):
 # --- on disk --------------------------------------------------------------------------------------
 
 
-SMOLVLM_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
-SMOLVLM_ADDED = [  # from id 49152 on
-    "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
-    "<fake_token_around_image>", "<image>", *(f"<reserved_{n}>" for n in range(88)),
-    "<end_of_utterance>",
-]  # fmt: skip
-# Sizes of HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM-500M-Instruct.
-SMOLVLM_TEXT = {
+CLIP_L = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+SMOLVLM_TOWER = {
+    "model_type": "idefics3", "hidden_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
+}  # fmt: skip
+QWEN_TEXT = {
+    "hidden_size": 2048, "vocab_size": 151936, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "max_position_embeddings": 128000,
+}  # fmt: skip
+# Decoders of HuggingFaceTB/SmolVLM-256M-Instruct and -500M-Instruct, llava-hf/llava-v1.6-vicuna-7b,
+# Qwen/Qwen2.5-VL-3B-Instruct and Qwen3-VL-2B-Instruct.
+TEXTS = {
     "smolvlm-256m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
     },
     "smolvlm-500m": {
         "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-        "num_attention_heads": 15, "num_key_value_heads": 5,
+        "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64,
+    },
+    "llava-next-7b": {
+        "model_type": "llama", "vocab_size": 32064, "num_hidden_layers": 32, "rms_norm_eps": 1e-5,
+    },
+    "qwen2.5-vl-3b": QWEN_TEXT | {
+        "model_type": "qwen2_5_vl_text", "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "qwen3-vl-2b": QWEN_TEXT | {
+        "model_type": "qwen3_vl_text", "intermediate_size": 6144, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "rope_parameters": {"rope_theta": 5e6, "mrope_section": [24, 20, 20]},
     },
 }  # fmt: skip
+TOWERS = {
+    "llava-next-7b": CLIP_L,
+    "qwen2.5-vl-3b": {"hidden_size": 1280, "out_hidden_size": 2048, "tokens_per_second": 2},
+    "qwen3-vl-2b": {
+        "hidden_size": 1024, "depth": 24, "num_heads": 16, "intermediate_size": 4096,
+        "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17],
+    },
+}  # fmt: skip
+SMOLVLM_TOKENS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+SMOLVLM_TOKENS |= {
+    token: 49152 + n
+    for n, token in enumerate(
+        [
+            "<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)),
+            "<fake_token_around_image>", "<image>", *(f"<reserved_{n}>" for n in range(88)),
+            "<end_of_utterance>",
+        ]
+    )
+}  # fmt: skip
+QWEN_TOKENS = {
+    f"<|{name}|>": 151643 + n
+    for n, name in enumerate(
+        ["endoftext", "im_start", "im_end", *(f"reserved_{n}" for n in range(6)), "vision_start",
+         "vision_end", "vision_pad", "image_pad", "video_pad"]
+    )
+}  # fmt: skip
+LLAVA_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench make`."""
-    parser.add_argument("preset", choices=SMOLVLM_TEXT, help="whose shape")
+    parser.add_argument("preset", choices=TEXTS, help="whose shape")
     parser.add_argument("folder", type=Path, help="checkpoint to make")
+    parser.add_argument(
+        "--layers", type=positive, metavar="N",
+        help="of tower and decoder, at most; DeepStack's first (default: all)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the checkpoint."""
-    make(arguments.preset, arguments.folder)
+    make(arguments.preset, arguments.folder, arguments.layers)
 
 
-def make(preset: str, folder: Path, seed: int = 0) -> None:
-    """Write a SmolVLM of random weights, in float32, with a tokenizer of single bytes. Raises:
-    OSError for a folder that is there or cannot be made."""
+def settings_of(preset: str, layers: int | None) -> tuple[dict[str, dict], dict[str, int]]:
+    """The JSON files of a checkpoint, and the special tokens of its tokenizer with their ids."""
+    text, tower = dict(TEXTS[preset]), dict(TOWERS.get(preset, SMOLVLM_TOWER))
+    depth = "depth" if preset.startswith("qwen") else "num_hidden_layers"
+    if layers:
+        text["num_hidden_layers"] = min(layers, text["num_hidden_layers"])
+        tower[depth] = min(layers, tower.get(depth, 32))
+    config = {"text_config": text, "vision_config": tower}
+    if preset.startswith("smolvlm"):
+        text |= {"model_type": "llama", "vocab_size": 49280, "rms_norm_eps": 1e-5}
+        text |= {"rope_theta": 100000, "max_position_embeddings": 8192}
+        config |= {"model_type": "idefics3", "image_token_id": 49190, "scale_factor": 4}
+        config["torch_dtype"] = "float32"
+        images = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
+        tokens, stop = SMOLVLM_TOKENS, 49279
+    elif preset.startswith("llava"):
+        config |= {"model_type": "llava_next", "torch_dtype": "bfloat16"}
+        text["max_position_embeddings"] = 4096
+        images = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+        tokens, stop = LLAVA_TOKENS, 2
+    else:
+        third = preset.startswith("qwen3")
+        if layers:
+            deep = [n for n in tower.get("deepstack_visual_indexes", ()) if n < tower["depth"]]
+            tower |= {"deepstack_visual_indexes": deep} if third else {}
+            tower |= {} if third else {"fullatt_block_indexes": [tower["depth"] - 1]}
+        config |= {"model_type": "qwen3_vl" if third else "qwen2_5_vl", "torch_dtype": "bfloat16"}
+        config["tie_word_embeddings"] = True
+        images = {} if third else {"min_pixels": 3136, "max_pixels": 12845056}
+        tokens, stop = QWEN_TOKENS, 151645
+    files = {"config.json": config, "preprocessor_config.json": images}
+    return files | {"generation_config.json": {"eos_token_id": stop}}, tokens
+
+
+def make(preset: str, folder: Path, layers: int | None = None, seed: int = 0) -> None:
+    """Write a checkpoint of random weights in a real model's shape, with a tokenizer of single
+    bytes. Raises: OSError for a folder that is there or cannot be made."""
     folder.mkdir()
-    text = SMOLVLM_TEXT[preset] | {
-        "model_type": "llama", "vocab_size": 49280, "rms_norm_eps": 1e-5, "rope_theta": 100000,
-        "head_dim": 64, "max_position_embeddings": 8192,
-    }  # fmt: skip
-    vision = {
-        "model_type": "idefics3", "hidden_size": 768, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
-    }  # fmt: skip
-    files = {
-        "config.json": {
-            "model_type": "idefics3", "image_token_id": 49190, "scale_factor": 4,
-            "torch_dtype": "float32", "text_config": text, "vision_config": vision,
-        },
-        "generation_config.json": {"eos_token_id": 49279},
-        "preprocessor_config.json": {
-            "size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512},
-        },
-    }  # fmt: skip
+    files, special = settings_of(preset, layers)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1))
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer(special).save(str(folder / "tokenizer.json"))
     generator = torch.Generator().manual_seed(seed)
     family, read = open_folder(folder)
+    config = family.config(read)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in VLM(family.config(read)).named_parameters()}
+        model = VLM(config, family.tower(config) if hasattr(family, "tower") else None)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
     # One by one, with weights of size 1 / sqrt(inputs), norms of 1 and biases of 0.
     tensors, names = {}, hub_names(family.NAMES)
+    dtype = values.stored_dtype(read)
     for name, shape in shapes.items():
         if len(shape) > 1:
             weight = torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
         else:
             weight = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-        tensors[translate(name, names)] = weight
+        tensors[translate(name, names)] = weight.to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A byte is a token; the special tokens have SmolVLM's ids, unused words those between."""
-    words = [*SMOLVLM_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words += [f"<unused_{n}>" for n in range(49152 - len(words))]
+def byte_tokenizer(special: dict[str, int]) -> Tokenizer:
+    """A byte is a token; the special tokens have these ids, unused words those between."""
+    names = {number: token for token, number in special.items()}
+    plain = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    words = [names.get(n) or next(plain, f"<unused_{n}>") for n in range(max(names) + 1)]
     tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*SMOLVLM_TOKENS, *SMOLVLM_ADDED])
+    tokenizer.add_special_tokens(list(special))
     return tokenizer
 
 
@@ -304,10 +378,10 @@ def write_large_checkpoint(folder: Path, shards: int = 4) -> int:
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         chosen = dict(list(tensors.items())[number::shards])
-        values = {name: torch.ones(shape, dtype=torch.float16) for name, shape in chosen.items()}
-        save_file(values, folder / file)
-        weight_map |= dict.fromkeys(values, file)
-        total += sum(value.nbytes for value in values.values())
+        ones = {name: torch.ones(shape, dtype=torch.float16) for name, shape in chosen.items()}
+        save_file(ones, folder / file)
+        weight_map |= dict.fromkeys(ones, file)
+        total += sum(value.nbytes for value in ones.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total

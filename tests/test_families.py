@@ -560,7 +560,7 @@ def test_the_benchmark_writes_a_model_that_runs(tmp_path, monkeypatch):
     """`python -m bench make` in small, and the sizes of the real one."""
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     tiny |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    monkeypatch.setitem(random_models.SMOLVLM_TEXT, "smolvlm-256m", tiny)
+    monkeypatch.setitem(random_models.TEXTS, "smolvlm-256m", tiny)
     bench.main(["make", "smolvlm-256m", str(tmp_path / "made")])
     config = load_model(tmp_path / "made", device="cpu").config
     assert config.vision.visual_tokens == 64 and config.text.vocab == 49280
