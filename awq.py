@@ -626,7 +626,8 @@ class Fold(NamedTuple):
 
 
 def folds_of(block: nn.Module) -> list[Fold]:
-    """The four folds of a Llama block."""
+    """The four folds of a Llama block. Norms of queries and keys (Qwen3) and rotary positions stand
+    behind these Linears and change nothing in them."""
     attention, mlp = block.self_attn, block.mlp
     q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj

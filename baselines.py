@@ -14,6 +14,8 @@ definition cannot give that number exactly, `session.stats` and `Answer.retrieve
 out (SparseVLM's cluster means come on top). Except in SparseVILA and its variants what is dropped
 is lost for every later question, and decoding reads all that is left.
 
+VisionZip, PruMerge and Downsample look deeper into the tower than its seam lets them: they are for
+`model.VisionTower` and views of one piece, not for Qwen and LLaVA-NeXT.
 Definitions follow the papers that a class names and their public code; the others are ours. Axes as
 in sparsevila.py; T tower tokens, summary token included.
 """

@@ -270,7 +270,8 @@ def norm(config: QwenVision) -> nn.Module:
 
 def places(R: int, U: int) -> Tensor:
     """Row and column of every patch, (2, T), in the order of blocks."""
-    rows, columns = torch.meshgrid(torch.arange(2 * R), torch.arange(2 * U), indexing="ij")
+    sides = (torch.arange(2 * n, device="cpu") for n in (R, U))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     blocks = torch.stack([rows, columns]).view(2, R, 2, U, 2)
     return blocks.transpose(2, 3).flatten(1)
 
@@ -287,10 +288,10 @@ def rotary(place: Tensor, D: int) -> tuple[Tensor, Tensor]:
 def windows(R: int, U: int, edge: int) -> Tensor:
     """Which patches (windows, 4 * edge * edge) attend to one another: windows of edge x edge visual
     tokens, row by row; -1 for places beyond the view's edge."""
-    token = torch.arange(R * U).view(R, U)
+    token = torch.arange(R * U, device="cpu").view(R, U)
     token = F.pad(token, (0, -U % edge, 0, -R % edge), value=-1)
     token = token.view(-(-R // edge), edge, -(-U // edge), edge).transpose(1, 2).flatten(2)
-    patches = 4 * token.flatten(0, 1)[..., None] + torch.arange(4)
+    patches = 4 * token.flatten(0, 1)[..., None] + torch.arange(4, device="cpu")
     return patches.masked_fill(patches < 0, -1).flatten(1)
 
 

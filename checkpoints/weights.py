@@ -225,7 +225,7 @@ def _make_quantised(model: VLM, group_size: int | None, shapes: dict[str, tuple[
                     raise ValueError(f"{groups} groups of scales for {inputs} inputs")
                 layer = W4A16Linear(inputs, outputs, inputs // groups, bias, device="meta")
                 if f"{path}.weight_zero_point" not in shapes:
-                    layer.qzeros = pack(torch.full((groups, outputs), 8))
+                    layer.qzeros = pack(torch.full((groups, outputs), 8, device="cpu"))
             else:
                 layer = W8A8Linear(inputs, outputs, bias, device="meta")
         except ValueError as error:
@@ -250,7 +250,7 @@ def _repacked(file: Path, name: str, tensor: Tensor, scales: Tensor | None) -> T
         return half.T.contiguous()
     if tensor.dtype != torch.int32:
         raise ValueError(f"{file}: {name} must be torch.int32, got {tensor.dtype}")
-    nibble = 4 * torch.arange(8, dtype=torch.int32)
+    nibble = 4 * torch.arange(8, dtype=torch.int32, device="cpu")
     if leaf == "weight_zero_point":
         zeros = (tensor[:, None] >> nibble[:, None] & 0xF).flatten(0, 1)[: scales.shape[1]]
         return pack(zeros.T)
