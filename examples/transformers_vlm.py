@@ -161,7 +161,10 @@ class SparseVILA:
         words = positions in ("contiguous", "original"), protocol in ("conversation", "evaluation")
         if not (all(words) and 0 <= prefill_sparsity < 1 and 0 <= decode_sparsity < 1):
             found = f"{prefill_sparsity}, {decode_sparsity}, {positions!r}, {protocol!r}"
-            raise ValueError(f"sparsities must be in [0, 1), the others as documented, got {found}")
+            raise ValueError(
+                "prefill_sparsity and decode_sparsity must be in [0, 1), positions 'contiguous' or "
+                f"'original', protocol 'conversation' or 'evaluation', got {found}"
+            )
         config = model.config.get_text_config()
         kinds = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
         if "DynamicLayer" not in kinds or {*kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
@@ -402,6 +405,17 @@ def main() -> None:
     parser.add_argument("--prefill-sparsity", type=float, default=0.75, help="default: 0.75")
     parser.add_argument("--decode-sparsity", type=float, default=0.8, help="default: 0.8")
     given = parser.parse_args()
+    for file in given.image:
+        if "://" not in file and not Path(file).is_file():
+            parser.error(f"no picture {file}")
+    try:
+        answer(given)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def answer(given: argparse.Namespace) -> None:
+    """What the command line asks for."""
     model = hf.AutoModelForImageTextToText.from_pretrained(given.model, device_map=given.device_map)
     session = SparseVILA(
         model, load_processor(given.model),

@@ -12,7 +12,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_golden import QUESTION, deviation
 
 import model as model_file
@@ -344,3 +344,36 @@ def test_boxes_lie_where_the_tokens_pixels_are(name, size):
     boxes = processor.token_boxes(view, view.picture.size)
     seen = torch.stack([shown[b : d + 1, a : c + 1].mean() for a, b, c, d in boxes])
     assert torch.corrcoef(torch.stack([seen, light]))[0, 1] > 0.999
+
+
+def test_newer_spellings_mean_the_same(tmp_path):
+    """Names, sections and settings as transformers writes them today, beside those of the hub."""
+    old, new = GOLDEN / "qwen2_5_vl", shutil.copytree(GOLDEN / "qwen2_5_vl", tmp_path / "new")
+    renamed = {}
+    for name, tensor in load_file(old / "model.safetensors").items():
+        name = name.replace("model.", "model.language_model.", 1) if name[:6] == "model." else name
+        renamed[f"model.{name}" if name.startswith("visual.") else name] = tensor
+    save_file(renamed, new / "model.safetensors")
+    raw = json.loads((old / "config.json").read_text())
+    vision, top = raw.pop("vision_config"), ("model_type", "image_token_id", "video_token_id")
+    rope = {"rope_type": "default", "rope_theta": raw.pop("rope_theta"), **raw.pop("rope_scaling")}
+    del rope["type"]
+    text = {key: value for key, value in raw.items() if key not in top}
+    text |= {"model_type": "qwen2_5_vl_text", "rope_parameters": rope, "dtype": "float32"}
+    config = {key: raw[key] for key in top} | {"text_config": text, "vision_config": vision}
+    (new / "config.json").write_text(json.dumps(config))
+    pictures, clips = (
+        json.loads((new / file).read_text())
+        for file in ("preprocessor_config.json", "video_preprocessor_config.json")
+    )
+    least, most = pictures.pop("min_pixels"), pictures.pop("max_pixels")
+    pictures["size"] = {"shortest_edge": least, "longest_edge": most}
+    nested = {"image_processor": pictures, "video_processor": clips | {"fps": None}}
+    (new / "processor_config.json").write_text(json.dumps(nested))
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (new / file).unlink()
+    (a, p), (b, q) = load(old, device="cpu"), load(new, device="cpu")
+    assert a.config == b.config and a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    settings = ("pixels_bounds", "clip_bounds", "clip_fps", "clip_least", "clip_most")
+    assert [getattr(p, name) for name in settings] == [getattr(q, name) for name in settings]

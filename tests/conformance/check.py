@@ -83,6 +83,13 @@ def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | 
     )
 
 
+def given(case: dict) -> str:
+    """The parameters of a case and the shapes of its inputs, in a few words."""
+    shapes = {name: list(place["shape"]) for name, place in case["inputs"].items()}
+    text = ", ".join(f"{name} {value}" for name, value in (shapes | case["parameters"]).items())
+    return text if len(text) < 160 else text[:160] + " ..."
+
+
 def compare(results: dict[str, Tensor], folder: Path = FOLDER) -> tuple[list[str], bool]:
     """Lines of a table, and whether all is well."""
     manifest, vectors = expectations(folder)
@@ -97,7 +104,7 @@ def compare(results: dict[str, Tensor], folder: Path = FOLDER) -> tuple[list[str
         if operation in provided:
             for place in case["outputs"].values():
                 if words := fault(results.get(place["tensor"]), place, vectors):
-                    faults[operation].append(f"{place['tensor']}: {words}")
+                    faults[operation].append(f"{place['tensor']} ({given(case)}): {words}")
     lines = [f"{'operation':20}{'cases':>6}  result"]
     for operation, found in faults.items():
         verdict = "right" if not found else f"{len(found)} wrong"
