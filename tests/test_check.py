@@ -55,7 +55,10 @@ def test_right_results_exit_with_zero(results, capsys):
         (lambda t: t | {NAME: t[NAME] * torch.nan}, "1 NaN"),
         (lambda t: t | {NAME: t[NAME] + torch.inf}, "inf in place of"),
         (lambda t: t | {NAME: t[NAME] + 1e-3}, "1 of 1 wrong, the first at (0, 0, 0)"),
-        (lambda t: {n: v for n, v in t.items() if n != NAME}, f"{NAME}: missing"),
+        (
+            lambda t: {n: v for n, v in t.items() if n != NAME},
+            f"{NAME} (q [1, 1, 1, 8], k [1, 1, 1, 8], causal False): missing",
+        ),
         (lambda t: t | {"attention_lse/0/lze": torch.ones(1)}, "no case: 'attention_lse/0/lze'"),
         (lambda t: t | {"lse": torch.ones(1)}, "no case: 'lse'"),
     ],
@@ -71,7 +74,7 @@ def test_an_infinity_that_is_expected_must_be_there(results, capsys):
     name = next(n for n, t in tensors.items() if n.endswith("/lse") and t.isinf().any())
     changed(results, lambda t: t | {name: t[name].nan_to_num(neginf=-1e30)})
     status, printed = verdict(results, capsys)
-    assert status == 1 and f"{name}: " in printed and "in place of -inf" in printed
+    assert status == 1 and f"{name} (" in printed and "in place of -inf" in printed
 
 
 def test_folders_without_results(results, capsys):
