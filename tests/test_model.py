@@ -261,6 +261,13 @@ def test_the_cache_grows_and_is_cut():
             cache.truncate(length)
 
 
+def test_a_cache_of_another_depth_is_refused(tiny):
+    vlm, _ = tiny
+    layers = vlm.config.text.layers
+    with pytest.raises(ValueError, match=f"for this model has {layers} layers, got {layers + 1}"):
+        vlm.read(vlm.embed([1]), KVCache(layers + 1))
+
+
 @pytest.mark.parametrize("positions", [[5], [[1, 2, 3]], [[1, 2, 3]] * 2, []])
 def test_read_refuses_positions_that_are_not_one_for_each_row(positions):
     vlm, _ = random_model(0)

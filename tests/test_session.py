@@ -136,6 +136,17 @@ def test_a_wrong_prune_of_ones_own_is_named(tiny, page, features, index):
         Odd(*tiny).see(page)
 
 
+@pytest.mark.parametrize("shape", [(1, 401), (400,), (1, 400, 1), ()])
+def test_a_wrong_salience_of_ones_own_is_named(tiny, page, shape):
+    class Odd(SparseVILA):
+        def salience(self, q, k):
+            return torch.zeros(shape)
+
+    message = f"salience must return (1, 400), a number a patch, got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Odd(*tiny).see(page)
+
+
 @pytest.mark.parametrize("shape", [(99,), (100, 1), (2, 100), ()])
 def test_a_wrong_score_of_ones_own_is_named(tiny, page, shape):
     class Odd(SparseVILA):
