@@ -57,7 +57,7 @@ def small(command: str, folder: Path) -> list[str]:
         "--max-new-tokens 64": "--max-new-tokens 2",
         "path/to/file.py": str(ROOT / "tests" / "conformance" / "other.py"),
         "RESULTS_FOLDER": str(folder / "results"),
-        " quantised": f" {folder / 'quantised'} --samples 2",
+        " quantised": f" {folder / 'again'} --samples 2",
         "--model quantised": f"--model {folder / 'quantised'}",
         "--figure results/": f"--figure {folder}/",
         "tiny/overlay.png": str(folder / "overlay.png"),
@@ -121,6 +121,10 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     run = [sys.executable, "-m", "tests.conformance.run", str(folder / "results")]
     subprocess.run(run, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    page = [sys.executable, "tiny/scenes.py", str(folder / "page.png")]  # for the other process
+    subprocess.run(page, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    made = ["tiny", str(folder / "quantised"), "--group-size", "32", "--samples", "2"]
+    subprocess.run([sys.executable, "awq.py", *made], cwd=ROOT, check=True, capture_output=True)
     return folder
 
 
