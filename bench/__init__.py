@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -46,13 +45,6 @@ def machine(device: torch.device = CPU) -> str:
     if device.type == "cuda":
         name += f", {torch.cuda.get_device_name(device)}"
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
-
-
-def show_progress(done: int, total: int) -> None:
-    """How far a measurement is, at a terminal: a line that is written over."""
-    if sys.stderr and sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def median_and_range(values: list[float]) -> list[float]:

@@ -20,14 +20,8 @@ from . import (
 
 COMMANDS = {
     "speed": (speed, "dense and sparse, stage by stage, random weights"),
-    "accuracy": (
-        accuracy,
-        "all methods on the tiny model's unseen pages (two hours)",
-    ),
-    "needle": (
-        needle,
-        "one page of clips of growing length, tiny model (hours)",
-    ),
+    "accuracy": (accuracy, "all methods on the tiny model's unseen pages (two hours)"),
+    "needle": (needle, "one page of clips of growing length, tiny model (hours)"),
     "quantised": (quantised, "the tiny model in four and eight bits"),
     "kernels": (kernels, "every operation beside naive PyTorch and its bound"),
     "awq": (awq, "four-bit products beside the library's"),

@@ -31,6 +31,7 @@ from torch import Tensor
 
 import baselines
 from checkpoints import load
+from checkpoints.weights import progress
 from sparsevila import Answer, Dense, SparseVILA
 from tiny.scenes import make_scene, needed_patches, question_and_answer, render, to_images
 
@@ -42,7 +43,6 @@ from . import (
     positive,
     pyplot,
     report,
-    show_progress,
 )
 
 LOOKUPS = ("value", "name", "title")
@@ -227,11 +227,11 @@ def accuracy(names: list[str], questions: int, seeds: int) -> dict:
     results: dict[str, dict] = {name: defaultdict(list) for name in names}
     with workers() as pool:
         measured = pool.map(measure, *zip(*arguments))
-        for done, ((name, protocol, _), values) in enumerate(zip(jobs, measured), 1):
+        finished = progress(zip(jobs, measured), "measuring", " jobs", len(jobs))
+        for (name, protocol, _), values in finished:
             end = ", conversation" if protocol == "conversation" else ""
             for column, value in values.items():
                 results[name][column + end].append(value)
-            show_progress(done, len(jobs))
     summary = {
         name: {c: [statistics.mean(v), statistics.stdev(v)] for c, v in columns.items()}
         for name, columns in results.items()

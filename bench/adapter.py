@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from PIL import Image
 
-from . import TINY, machine, median_and_range, positive, show_progress
+from checkpoints.weights import progress
+
+from . import TINY, machine, median_and_range, positive
 from .random_models import TEXTS
 from .versus import Clock
 
@@ -83,13 +85,12 @@ def run(arguments: argparse.Namespace) -> None:
     # 3. All answer in turn; the first round warms up.
     runners = {"generate": plain} | {name: partial(adapted, name=name) for name in ROWS}
     steps: dict[str, list[float]] = {name: [] for name in runners}
-    for number in range(arguments.runs + 1):
+    for number in progress(range(arguments.runs + 1), "measuring", " rounds"):
         for name, runner in runners.items():
             runner(clock := Clock())
             if number:
                 first, *_, last = clock.times[1:]  # at 0 comes the prompt
                 steps[name].append(1000 * (last - first) / (tokens - 1))
-        show_progress(number + 1, arguments.runs + 1)
 
     # 4. The table.
     print(f"{machine()}, transformers {transformers.__version__}")

@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import torch
 
+from checkpoints.weights import progress
 from tiny.scenes import make_needle, question_and_answer, render, to_images
 
 from . import (
@@ -19,7 +20,6 @@ from . import (
     positive,
     pyplot,
     report,
-    show_progress,
 )
 from .accuracy import METHODS, Method, attended, check_rows, workers
 
@@ -65,10 +65,11 @@ def needle(names: list[str], clips: int) -> dict:
     attended: dict[str, dict] = {name: defaultdict(list) for name in names}
     with workers() as pool:
         found = pool.map(find_needle, *zip(*arguments))
-        for done, ((name, frames, _), values) in enumerate(zip(cells, found), 1):
+        for (name, frames, _), values in progress(
+            zip(cells, found), "measuring", " cells", len(cells)
+        ):
             right[name][frames].append(values["right"])
             attended[name][frames].append(values["attended"])
-            show_progress(done, len(cells))
     return {
         "machine": machine(), "clips": clips, "lengths": LENGTHS, "depths": DEPTHS,
         "trained": TRAINED, "right": right,

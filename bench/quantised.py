@@ -17,12 +17,13 @@ from torch import Tensor
 import awq
 from checkpoints import load, load_model
 from checkpoints.processor import Processor
+from checkpoints.weights import progress
 from model import VLM
 from sparsevila import Dense, SparseVILA
 from tiny.scenes import make_scene, question_and_answer, render, to_images
 from tools import quantise
 
-from . import TINY, machine, positive, show_progress
+from . import TINY, machine, positive
 from .accuracy import LOOKUPS, Method, measure
 
 EQUIVALENTS = 8  # models with the same function, for the last table
@@ -73,10 +74,9 @@ def evaluate_quantised(source: Path, questions: int) -> None:
             cells = [name, f"{size:,}", mean_and_error(divergences[:, 0]), *cells]
             print("| " + " | ".join(cells) + " |", flush=True)
     draws = []
-    for seed in range(EQUIVALENTS):
+    for seed in progress(range(EQUIVALENTS), "measuring", " models"):
         models = equivalent_models(source, seed)
         draws.append(divergence(source, models, SCENES // 2).mean(0))
-        show_progress(seed + 1, EQUIVALENTS)
     nearest, without_clip, full = torch.stack(draws).T
     print(f"\n\n| over {EQUIVALENTS} equivalent models | KL, millinats | less than nearest by |")
     print("|---|---|---|")

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import sparsevila
-from checkpoints.weights import usable_device
+from checkpoints.weights import progress, usable_device
 from kernels import decode_attention
 from model import VLM, KVCache, Stopwatch
 from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
@@ -32,7 +32,6 @@ from . import (
     positive,
     pyplot,
     report,
-    show_progress,
 )
 from .load import peak_resident
 from .random_models import (
@@ -157,7 +156,7 @@ def speed(arguments: argparse.Namespace) -> dict:
     kinds = {"dense": Dense, "sparse": SparseVILA}
     rounds: list[dict[str, dict]] = []
     bandwidths = []
-    for number in range(arguments.runs + 1):
+    for number in progress(range(arguments.runs + 1), "measuring", " rounds"):
         tokens = arguments.answer_tokens if number else 2  # the first round warms up
         runs, made = {}, {}
         for name in list(kinds)[:: -1 if number % 2 else 1]:  # neither is always first
@@ -166,7 +165,6 @@ def speed(arguments: argparse.Namespace) -> dict:
         bandwidths.append(read_bandwidth(device))
         if theirs:
             theirs.run(made["dense"])
-        show_progress(number, arguments.runs)
     result = {
         "machine": machine(device), "preset": arguments.preset, "precision": model.precision,
         "decoding": decoding, "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
