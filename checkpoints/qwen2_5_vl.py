@@ -164,9 +164,9 @@ class Tower(nn.Module):
         q = k = None
         states = []
         for depth, block in enumerate(self.layers):
+            x, *projected = block(x, turns, None if depth in config.whole_layers else window)
             if depth == wanted:
-                q, k, _ = block.attn.query_key_value(block.norm1(x), turns)
-            x = block(x, turns, None if depth in config.whole_layers else window)
+                q, k = projected
             if depth in config.deepstack:
                 states.append(x)
         return torch.cat([self.post_layernorm(x), *states], -1), q, k
@@ -186,7 +186,8 @@ class Tower(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x plus attention, then plus MLP. x (views, T, C) -> (views, T, C)."""
+    """Pre-norm: x plus attention, then plus MLP. x (views, T, C) -> (views, T, C), and the queries
+    and keys (views, H, T, D) of the attention."""
 
     def __init__(self, config: QwenVision):
         super().__init__()
@@ -194,9 +195,12 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = GatedMLP(config) if config.gated else MLP(config)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], window: Tensor | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), turns, window)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, turns: tuple[Tensor, Tensor], window: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.attn.query_key_value(self.norm1(x), turns)
+        x = x + self.attn(q, k, v, window)
+        return x + self.mlp(self.norm2(x)), q, k
 
     def readers(self) -> dict[nn.Module, list[nn.Linear]]:
         """By norm, all Linears that read what it gives."""
@@ -217,8 +221,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         return [*(rotate(part.float(), *turns).to(x.dtype) for part in (q, k)), v]
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], window: Tensor | None) -> Tensor:
-        q, k, v = self.query_key_value(x, turns)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Tensor | None) -> Tensor:
+        """q, k, v (views, H, T, D) -> (views, T, C)."""
         if window is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
