@@ -103,10 +103,9 @@ class Processor(processor.Processor):
 
         return max(self.pinpoints, key=worth)
 
-    def pieces(self, view: View) -> list[Image.Image]:
-        if not view.rows:
-            return [view.picture]
-        return [tile.picture for tile in processor.tiles(view.picture, self.image_size, 0)]
+    def pixels_of(self, view: View) -> list[Tensor]:
+        tiles = processor.tiles(view.picture, self.image_size, view.number)  # of a whole view, one
+        return [self._normalise(tile.picture) for tile in tiles]
 
     # --- tokens
 

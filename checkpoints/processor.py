@@ -168,12 +168,9 @@ class Processor:
         return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
     def pixels_of(self, view: View) -> list[Tensor]:
-        """The pixels of every piece of a view."""
-        return [self._normalise(piece) for piece in self.pieces(view)]
-
-    def pieces(self, view: View) -> list[Image.Image]:
-        """What the tower sees of a view, one after the other; the view itself in most families."""
-        return [view.picture]
+        """The pixels of the pieces of a view, which the tower sees one by one; in most families it
+        is one piece."""
+        return [self._normalise(view.picture)]
 
     def join(self, views: list[View], rows: list[Tensor]) -> list[Tensor]:
         """Of every piece its rows of patches (T, ...) -> of every view its visual tokens (n, ...),
