@@ -245,8 +245,7 @@ def group_size(folder: Folder) -> int | None:
         ("zero_point", settings.get("zero_point", True), True),
         ("version", str(settings.get("version", "gemm")).lower(), "gemm"),
     ):
-        if found != accepted:
-            raise ValueError(f"quantization {key} must be {accepted!r}, got {found!r}")
+        _check_quantization(key, found, accepted)
     inputs = settings.get("group_size", settings.get("q_group_size"))
     if type(inputs) is not int or not (inputs == -1 or inputs >= 1):
         raise ValueError(f"quantization group_size must be -1 or at least 1, got {inputs!r}")
@@ -261,13 +260,17 @@ def _check_compressed(settings: dict) -> None:
     for group in groups.values():
         weights = group.get("weights") if isinstance(group.get("weights"), dict) else {}
         for key, found, accepted in (
-            ("format", group.get("format") or settings.get("format"), ("pack-quantized",)),
-            ("num_bits", weights.get("num_bits"), (4,)),
-            ("type", weights.get("type", "int"), ("int",)),
-            ("strategy", weights.get("strategy"), ("group", "channel")),
-            ("actorder", weights.get("actorder"), (None,)),
-            ("input_activations", group.get("input_activations"), (None,)),
+            ("format", group.get("format") or settings.get("format"), "pack-quantized"),
+            ("num_bits", weights.get("num_bits"), 4),
+            ("type", weights.get("type", "int"), "int"),
+            ("actorder", weights.get("actorder"), None),
+            ("input_activations", group.get("input_activations"), None),
         ):
-            if found not in accepted:
-                names = " or ".join(map(repr, accepted))
-                raise ValueError(f"quantization {key} must be {names}, got {found!r}")
+            _check_quantization(key, found, accepted)
+        _check_quantization("strategy", weights.get("strategy"), "group", "channel")
+
+
+def _check_quantization(key: str, found: Any, *accepted: Any) -> None:
+    if found not in accepted:
+        names = " or ".join(map(repr, accepted))
+        raise ValueError(f"quantization {key} must be {names}, got {found!r}")
