@@ -208,6 +208,16 @@ def record_tiny(out: Path) -> dict[str, Tensor]:
     return record_llava_like(model, pixels, torch.tensor(ids))
 
 
+LLAVA_NAMES = {  # of transformers today, and of the hub's files
+    "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "model.image_newline": "image_newline",
+    "lm_head.": "language_model.lm_head.",
+}
+
+
 def record_llava(out: Path) -> dict[str, Tensor]:
     """LLaVA-1.5: CLIP, two layers, Llama with as many key/value heads as heads; hub-old names."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -241,14 +251,7 @@ def record_llava(out: Path) -> dict[str, Tensor]:
     write_json(folder / "processor_config.json", rule)
     (folder / "chat_template.jinja").write_text(LLAVA_CHAT)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {
-        "model.vision_tower.vision_model.": "vision_tower.vision_model.",
-        "model.vision_tower.": "vision_tower.vision_model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "model.language_model.": "language_model.model.",
-        "lm_head.": "language_model.lm_head.",
-    }
-    write_weights(folder / "model.safetensors", renamed(model, names))
+    write_weights(folder / "model.safetensors", renamed(model, LLAVA_NAMES))
     pictures = [picture(1, 75, 50), picture(2, 33, 90)]
     process = CLIPImageProcessorPil(**images)
     pixels = process(pictures, return_tensors="pt")["pixel_values"]
@@ -311,15 +314,7 @@ def record_llava_next(out: Path, name: str) -> dict[str, Tensor]:
         write_json(folder / "preprocessor_config.json", images)
         write_json(folder / "processor_config.json", rule)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {
-        "model.vision_tower.vision_model.": "vision_tower.vision_model.",
-        "model.vision_tower.": "vision_tower.vision_model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "model.language_model.": "language_model.model.",
-        "model.image_newline": "image_newline",
-        "lm_head.": "language_model.lm_head.",
-    }
-    write_weights(folder / "model.safetensors", renamed(model, {} if new else names))
+    write_weights(folder / "model.safetensors", renamed(model, {} if new else LLAVA_NAMES))
 
     slow = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     process = LlavaNextProcessor(
