@@ -30,10 +30,8 @@ step over the keys is Flash-Decoding's.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterator
 from numbers import Integral
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +46,7 @@ except (ImportError, AttributeError):  # none, or one before 3.4: PyTorch everyw
     triton, jit, INTERPRETED = None, lambda kernel: kernel, False
 
 CHUNK_BYTES = 16 * 2**20  # PyTorch path: a block of float32 scores; attention_lse holds two
+LOG2_E = math.log2(math.e)  # the kernels' scores are logarithms to base 2
 MAX_HEAD_DIM = 256  # of the Triton path; larger heads take the PyTorch path
 
 
@@ -121,8 +120,10 @@ def _lse_kernel(
     last = i + (N - M) if CAUSAL else i * 0 + (N - 1)  # the last key that a row sees
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, N)
+    whole = stop  # below it, every row sees every key
     if CAUSAL:
         stop = tl.minimum(stop, (block * BLOCK_R + BLOCK_R - 1) // GROUP + N - M + 1)
+        whole = tl.minimum(stop, block * BLOCK_R // GROUP + N - M + 1)
     keys = k + batch * k_b + g * k_g + start.to(tl.int64) * k_n
     tile = tl.arange(0, BLOCK_N) * k_n + d[:, None] * k_d  # 32-bit offsets from a 64-bit base
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -133,15 +134,28 @@ def _lse_kernel(
         k_tile = tl.load(keys + tile, mask=here, other=0.0)
         keys += BLOCK_N * k_n
         scores = _dot(q_tile, k_tile, UPCAST) * scale
-        scores = tl.where((n < stop) & (n <= last[:, None]), scores, float("-inf"))
+        if n0 + BLOCK_N > whole:
+            scores = tl.where((n < stop) & (n <= last[:, None]), scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet: not inf - inf
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         top = new_top
 
     # 3. Store; a row that sees no key of the chunk has -inf.
     out = lse + ((tl.program_id(1).to(tl.int64) * B + batch) * G * GROUP + h) * M + i
-    tl.store(out, top + tl.log(total), mask=i < M)
+    tl.store(out, (top + tl.log2(total)) * 0.6931471805599453, mask=i < M)
+
+
+@jit
+def _join_kernel(parts, lse, size, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """lse[i] = ln sum_p exp(parts[p, i])."""
+    at, p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_P)
+    here = (p < PARTS)[:, None] & (at < size)
+    each = tl.load(parts + p[:, None] * size + at, mask=here, other=float("-inf"))
+    top = tl.max(each, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(each - shift), 0)
+    tl.store(lse + at, shift + tl.log(total), mask=at < size)
 
 
 def _attention_lse_triton(
@@ -151,16 +165,25 @@ def _attention_lse_triton(
     q, k = _near(q), _near(k)
     B, H, M, D = q.shape
     G, N = k.shape[1], k.shape[2]
-    blocks = _blocks(M * H // G, D, q.element_size())
+    blocks = _blocks(D, q.element_size())
+    blocks["BLOCK_R"] = _at_most(2 * blocks["BLOCK_N"], M * H // G)
     row_blocks = triton.cdiv(M * H // G, blocks["BLOCK_R"])
     chunk = _chunk(N, row_blocks * B * G, blocks["BLOCK_N"], q.device, parts)
-    lse = q.new_empty(triton.cdiv(N, chunk), B, H, M, dtype=torch.float32)
+    each = q.new_empty(triton.cdiv(N, chunk), B, H, M, dtype=torch.float32)
+    parts, lse = len(each), each[0]
     with torch.cuda.device_of(q):
-        _lse_kernel[(row_blocks * B * G, len(lse))](
-            q, k, lse, *q.stride(), *k.stride(), M, N, chunk, D**-0.5 if scale is None else scale,
+        _lse_kernel[(row_blocks * B * G, parts)](
+            q, k, each, *q.stride(), *k.stride(), M, N, chunk,
+            LOG2_E * (D**-0.5 if scale is None else scale),
             G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
         )  # fmt: skip
-    return lse.logsumexp(0) if len(lse) > 1 else lse[0]
+        if parts > 1:
+            lse = torch.empty_like(lse)
+            _join_kernel[(triton.cdiv(lse.numel(), 32),)](
+                each, lse, lse.numel(),
+                PARTS=parts, BLOCK_P=triton.next_power_of_2(parts), BLOCK=32,
+            )  # fmt: skip
+    return lse
 
 
 # --- attention_colsum -----------------------------------------------------------------------------
@@ -259,8 +282,13 @@ def _colsum_kernel(
             row_lse = tl.load(lse + (batch * G * GROUP + h) * M + i, mask=i < M, other=0.0)
             row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # the row sees nothing
             scores = _dot(k_tile, q_tile, UPCAST) * scale
-            seen = (i < M) & (n[:, None] <= i + (N - M)) if CAUSAL else (i < M) & (n < N)[:, None]
-            received += tl.where(seen, tl.exp(scores - row_lse), 0.0)
+            weights = tl.exp2(scores - row_lse * 1.4426950408889634)
+            if i0 + BLOCK_M > M or (CAUSAL and block * BLOCK_N + BLOCK_N > i0 + 1 + (N - M)):
+                seen = i < M
+                if CAUSAL:
+                    seen = seen & (n[:, None] <= i + (N - M))
+                weights = tl.where(seen, weights, 0.0)
+            received += weights
 
         # 3. Add up the rows and store one head's columns.
         out = colsum + (batch * G * GROUP + h) * N + n
@@ -276,13 +304,14 @@ def _attention_colsum_triton(
     G, N = k.shape[1], k.shape[2]
     if lse is None:
         lse = _attention_lse_triton(q, k, causal=causal, scale=scale)
-    blocks = _blocks(M, D, q.element_size())
-    blocks["BLOCK_M"] = blocks.pop("BLOCK_R")
+    blocks = _blocks(D, q.element_size())
+    blocks["BLOCK_M"] = _at_most(blocks["BLOCK_N"], M)
+    blocks["BLOCK_N"] *= 2
     colsum = q.new_empty(B, H, N, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _colsum_kernel[(triton.cdiv(N, blocks["BLOCK_N"]) * B * G,)](
             q, k, lse.contiguous(), colsum, *q.stride(), *k.stride(), M, N,
-            D**-0.5 if scale is None else scale,
+            LOG2_E * (D**-0.5 if scale is None else scale),
             G=G, GROUP=H // G, D=D, CAUSAL=causal, **blocks, **_upcast(q),
         )  # fmt: skip
     return colsum
@@ -570,8 +599,7 @@ def _decode_attention_triton(
     k, v = _near(k), _near(v)
     B, H, _, D = q.shape
     G = k.shape[1]
-    blocks = _blocks(1, D, k.element_size())
-    del blocks["BLOCK_R"]
+    blocks = _blocks(D, k.element_size())
     parts = parts or min(64, _programs(q.device) // (B * G)) or 1
     partial = q.new_empty(parts, B, H, D, dtype=torch.float32)
     lse = q.new_empty(parts, B, H, dtype=torch.float32)
@@ -595,42 +623,60 @@ def _decode_attention_triton(
 # oneDNN's product, as torch.compile uses it; not in every build.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MKL = torch.backends.mkl.is_available()
-CPUINFO = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` names the processor
-AMD = "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
+FLOAT32_BLOCK = 2**23  # weights that are made float32 at a time: 32 MB
+
+
+def _multiplied(dtype: torch.dtype) -> bool:
+    """Whether this processor's oneDNN multiplies matrices of a dtype. What it does not, PyTorch
+    does in loops of its own, five times as slowly as in float32, or much more."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    return name is None or supported()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b: x (..., inputs), weight W (outputs, inputs), bias (outputs,) -> y (...,
     outputs).
 
-    torch.nn.functional.linear, but for float32 on a CPU without gradients, where that calls MKL:
+    torch.nn.functional.linear, but on a CPU without gradients by what is faster there:
 
-    * One row: reading W takes all the time, and MKL does it on one core. Its batched product, W cut
-      into blocks of outputs, uses all: as W x on AMD's processors, as x W^T on Intel's.
-    * Many rows: MKL is slow on AMD's processors; oneDNN is not.
-    * Weights below 2^17 numbers do not earn back the 10 us that these calls cost more.
+    * One row in float32: reading W takes all the time, and MKL does it on one core. Its batched
+      product, W cut into blocks of outputs, uses all.
+    * Many rows in float32: MKL is slow on AMD's processors; oneDNN is not.
+    * Many rows in a dtype that oneDNN does not multiply here: in float32, a part of W after the
+      other.
+    * Weights below 2^17 numbers do not earn back the 10 us that the first two cost more.
 
-    Milliseconds on 2 cores of an AMD EPYC 7003 that read 20 GB/s (`python -m bench kernels`,
-    2026-11-25): F.linear, this function, and with one row the other order of the batched product.
+    F.linear and this function, milliseconds on 2 cores of an AMD EPYC 7003, without products in
+    bfloat16 (`python -m bench kernels`, 2026-11-26; it copies 31 GB/s and adds up 16 to 22):
 
-        inputs x outputs      1 row                256 rows
-         512 x  1408       0.41  0.20  0.26      3.1    2.6
-         576 x 49280      13.4   7.1   7.6     209    152
-        2048 x  5632       3.5   3.4   2.7      62     47
-        4096 x  4096       5.8   5.1   3.8      89     67
-        4096 x 11008      14.8  12.1   9.5     239    191
+                            float32                         bfloat16
+        inputs x outputs    1 row          256 rows         1 row    256 rows
+         512 x  1408         0.38   0.25     3.0    3.0      0.17     37    5.0
+         576 x 49280        13.0    7.7    202    141        4.9     824  146
+        2048 x  5632         4.2    2.7     74     60        2.0     362   72
+        4096 x  4096         5.1    3.2    104     88        2.7     426   89
 
     Source: our choice.
     """
     outputs, inputs = weight.shape
-    float32_on_cpu = weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32
-    if not float32_on_cpu or weight.numel() < 2**17 or torch.is_grad_enabled():
+    same_on_cpu = weight.device.type == "cpu" and weight.dtype == x.dtype
+    if not same_on_cpu or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if x.numel() > inputs and not _multiplied(x.dtype):
+        wide, y = x.float(), x.new_empty(*x.shape[:-1], outputs)
+        step = max(1, FLOAT32_BLOCK // inputs)
+        for start in range(0, outputs, step):
+            here = slice(start, start + step)
+            added = None if bias is None else bias[here].float()
+            y[..., here] = linear(wide, weight[here].float(), added)
+        return y
+    if x.dtype != torch.float32 or weight.numel() < 2**17:
         return F.linear(x, weight, bias)
     if MKL and x.numel() == inputs:
         n = math.gcd(outputs, 16)
-        blocks = weight.view(n, -1, inputs)  # (n, outputs / n, inputs)
         row = x.reshape(1, 1, inputs).expand(n, 1, inputs)
-        y = torch.bmm(blocks, row.mT) if AMD else torch.bmm(row, blocks.mT)
+        y = torch.bmm(row, weight.view(n, -1, inputs).mT)  # (n, 1, outputs / n)
         y = y.view(*x.shape[:-1], outputs)
         return y if bias is None else y + bias
     if ONEDNN_LINEAR:
@@ -646,16 +692,16 @@ def _on_triton(x: Tensor) -> bool:
     return triton is not None and (x.is_cuda or INTERPRETED)
 
 
-def _blocks(rows: int, D: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes: at most 64 rows and 64 keys, fewer where wide heads would fill the registers."""
+def _blocks(D: int, itemsize: int) -> dict[str, int]:
+    """Keys in a tile, fewer where wide heads would fill the registers, and a head's size."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    side = max(16, min(64, (16384 if itemsize < 4 else 4096) // (BLOCK_D * itemsize)))
-    return {
-        "BLOCK_R": min(side, max(16, triton.next_power_of_2(rows))),
-        "BLOCK_N": side,
-        "BLOCK_D": BLOCK_D,
-        "num_warps": 8 if BLOCK_D >= 128 else 4,
-    }
+    keys = max(16, min(64, (16384 if itemsize < 4 else 4096) // (BLOCK_D * itemsize)))
+    return {"BLOCK_N": keys, "BLOCK_D": BLOCK_D, "num_warps": 4}
+
+
+def _at_most(side: int, rows: int) -> int:
+    """Rows in a tile: not many more than there are."""
+    return min(side, max(16, triton.next_power_of_2(rows)))
 
 
 def _programs(device: torch.device) -> int:
