@@ -175,6 +175,19 @@ def test_activations_of_any_strides(strided, dtype):
     assert bool(((y.double() - x.double() @ exact).abs() <= close * size).all())
 
 
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize("K, N, g", [(64, 8, 32), (96, 200, 32), (72, 136, 72), (256, 72, 64)])
+def test_a_cpu_multiplies_blocks_with_the_bits_of_dequantize(K, N, g, multiplied, monkeypatch):
+    """Blocks of 64 columns and a rest; a row of the unit matrix takes one weight of each column."""
+    *tensors, exact = packed(K, N, g)
+    monkeypatch.setattr(awq, "CPU_BLOCK", 64 * K)
+    monkeypatch.setattr(awq, "CPU_INT4_ROWS", 0)
+    monkeypatch.setattr(awq, "_multiplied", lambda dtype: multiplied)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        y = awq.w4a16_matmul(torch.eye(K).to(dtype), *tensors)
+        assert torch.equal(y, exact.half().to(dtype))
+
+
 def test_few_bfloat16_rows_take_pytorchs_int4_kernel_and_see_new_codes(monkeypatch):
     qweight, qzeros, scales, exact = packed(64, 32, 32)
     x = torch.randn(3, 64).bfloat16()

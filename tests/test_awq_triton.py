@@ -91,3 +91,38 @@ def test_one_wrong_nibble_shows():
     tensors[0][5, 1] ^= 1 << 16  # column 9, row 5
     changed = (awq.w4a16_matmul(x, *tensors) - before)[0]
     assert changed.nonzero().flatten().tolist() == [9]
+
+
+@few
+@given(
+    st.sampled_from([1, 7, 130]),
+    st.sampled_from([8, 72, 136, 1152]),
+    st.sampled_from([8, 40, 136]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_eight_bit_products_match_float64(M, K, N, dtype, bias):
+    """Of the codes that were stored, and of x's; where a code of x is a tie, either will do."""
+    torch.manual_seed(M + K)
+    layer = awq.W8A8Linear.from_linear(torch.nn.Linear(K, N, bias=bias)).to(ON, dtype)
+    x = (torch.randn(M, 2, K) * 10 ** torch.randn(M, 1, 1)).to(dtype).to(ON)[:, 0]
+    x[0] = 0
+    scale = x.double().abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+    codes = x.double() / scale
+    ties = ((codes - codes.floor() - 0.5).abs() < 1e-4).sum(-1, keepdim=True)
+    weight = layer.weight.double() * layer.weight_scale.double()[:, None]
+    expected = codes.round() @ weight.T * scale + (layer.bias.double() if bias else 0)
+    unit = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    largest = codes.round().abs() @ weight.abs().T * scale  # sums are exact, but not their scaling
+    allowed = unit * expected.abs() + 1e-6 * largest + ties * scale * weight.abs().amax(-1)
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == (M, N)
+    assert ((y.double() - expected).abs() <= allowed + 1e-7).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_so_and_alone(value):
+    layer = awq.W8A8Linear.from_linear(torch.nn.Linear(16, 8)).to(ON)
+    x = torch.ones(3, 16, device=ON)
+    x[1, 3] = value
+    assert layer(x).isfinite().all(-1).tolist() == [True, False, True]

@@ -49,7 +49,8 @@ POINTERS = {
 
 
 def compile_for(chip: int, kernel, pointers: dict[str, str], constants: dict) -> str:
-    """Compile a kernel for a chip; its PTX. Arguments that are not named are 32-bit integers."""
+    """Compile a kernel for a chip; its PTX. Arguments that are not named are 32-bit integers, sizes
+    and strides of real models, which 16 divides."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -58,11 +59,12 @@ def compile_for(chip: int, kernel, pointers: dict[str, str], constants: dict) ->
     constants = {name: value for name, value in constants.items() if name in names}
     types = {"scale": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
+    aligned = [name for name, kind in signature.items() if kind not in ("fp32", "constexpr")]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+        attrs={(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name in aligned},
     )
     target = GPUTarget("cuda", chip, 32)
     return kernels.triton.compile(source, target=target, options=options).asm["ptx"]
@@ -91,14 +93,16 @@ def launches(dtype: torch.dtype, D: int):
     p, f = POINTERS[dtype], "*fp32"
     heads = {"G": 4, "GROUP": 7, "D": D, "UPCAST": False, "q_d": 1, "k_d": 1}
     for rows in (1, 1024):
-        blocks = kernels._blocks(rows, D, dtype.itemsize)
-        columns = {"BLOCK_M" if name == "BLOCK_R" else name: n for name, n in blocks.items()}
+        blocks = kernels._blocks(D, dtype.itemsize)
+        side = blocks["BLOCK_N"]
         for causal in (False, True):
-            constants = heads | {"CAUSAL": causal}
-            yield kernels._lse_kernel, {"q": p, "k": p, "lse": f}, constants | blocks
+            constants = heads | {"CAUSAL": causal} | blocks
+            sides = {"BLOCK_R": kernels._at_most(2 * side, rows)}
+            yield kernels._lse_kernel, {"q": p, "k": p, "lse": f}, constants | sides
             pointers = {"q": p, "k": p, "lse": f, "colsum": f}
-            yield kernels._colsum_kernel, pointers, constants | columns
-    del blocks["BLOCK_R"]
+            sides = {"BLOCK_M": kernels._at_most(side, rows), "BLOCK_N": 2 * side}
+            yield kernels._colsum_kernel, pointers, constants | sides
+    yield kernels._join_kernel, {"parts": f, "lse": f}, {"PARTS": 99, "BLOCK_P": 128, "BLOCK": 32}
     for on_device in (False, True):
         pointers = {"q": p, "k": p, "v": p, "partial": f, "lse": f}
         pointers |= {"length": "*i64"} if on_device else {}
@@ -124,14 +128,19 @@ def awq_launches(dtype: torch.dtype):
     for group in (32, 64, 128, 4096):
         block_in = awq._block_in(4096, group)
         constants = {"GROUP": group, "BLOCK_IN": block_in, "BLOCK_OUT": 64, "x_in": 1}
-        yield awq._gemv_kernel, pointers, constants
-        for rows in (16, 64):
+        yield awq._gemv_kernel, pointers, constants | {"num_warps": 2}
+        for rows in (16, 128):
             yield awq._gemm_kernel, pointers, constants | {"BLOCK_ROWS": rows, "UPCAST": False}
         sizes = {"GROUP": group, "BLOCK_IN": block_in, "BLOCK_OUT": 128}
         yield awq._dequantize_kernel, packed | {"out": "*fp16"}, sizes
     for bias in (False, True):
         pointers = {"sums": "*fp32", "bias": p, "out": p}
-        yield awq._sum_kernel, pointers, {"BIAS": bias, "BLOCK": 1024}
+        yield awq._sum_kernel, pointers, {"BIAS": bias, "BLOCK_P": 32, "BLOCK": 64}
+        sizes = {"BLOCK_ROWS": 128, "BLOCK_OUT": 128, "BLOCK_IN": 128, "num_warps": 8, "BIAS": bias}
+        pointers = {"codes": "*i8", "scales": "*fp32", "weight": "*i8", "weight_scale": "*fp32"}
+        yield awq._w8a8_kernel, pointers | {"bias": p, "out": p}, sizes
+    pointers = {"x": p, "codes": "*i8", "scales": "*fp32"}
+    yield awq._to_int8_kernel, pointers, {"BLOCK": 8192, "x_in": 1}
 
 
 @pytest.mark.parametrize("chip", [80, 86, 90])
