@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import decode_attention, linear
+from kernels import MAX_HEAD_DIM, decode_attention, linear, triton
 
 # --- configuration --------------------------------------------------------------------------------
 
@@ -167,7 +167,13 @@ class VisionTower(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Class token, if there is one, and patches with their positions, (views, T, C)."""
-        x = self.patch_embedding(pixels).flatten(2).mT  # (views, patches, C)
+        conv, wide = self.patch_embedding, pixels.dtype
+        if pixels.device.type == "cpu":  # there half precision may take forty times as long
+            wide = torch.float32
+        weight, bias = (w if w is None else w.to(wide) for w in (conv.weight, conv.bias))
+        x = F.conv2d(pixels.to(wide), weight, bias, conv.stride).to(pixels.dtype)
+        # (views, patches, C), a patch's numbers side by side: all states are laid out like these.
+        x = x.flatten(2).mT.contiguous()
         if not self.summary_tokens:
             return x + self.position_embedding.weight
         summary = self.class_embedding.expand(len(pixels), 1, -1)
@@ -330,6 +336,8 @@ class Projector(nn.Module):
 # --- decoder --------------------------------------------------------------------------------------
 
 
+GRAPH_TOKENS = 4  # on a GPU fewer steps of decoding do not earn back the capture of a graph
+
 # attend(layer, q, k, v): q (B, H, M, D), k and v (B, G, M, D) of the new rows -> (B, H, M, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -459,6 +467,19 @@ class KVCache:
         self.filled = [0] * layers  # rows in use, per layer
         self.position_after = [0]  # entry n: the position that follows the first n rows
 
+    # Whether reading a token does no more than to append its row to `written` and to attend to the
+    # last of these, as `StaticStep` does on a GPU; a subclass that overrides `attend` must say so.
+    steady = True
+
+    def __init_subclass__(cls) -> None:
+        if "attend" in vars(cls) and "steady" not in vars(cls):
+            cls.steady = False
+
+    @property
+    def written(self) -> "list[KVCache]":
+        """The caches that the rows of an answer go to."""
+        return [self]
+
     @property
     def length(self) -> int:
         """Rows that every layer holds."""
@@ -487,17 +508,26 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the rows k, v (1, G, M, D) after the last row of a layer."""
         start, stop = self.filled[layer], self.filled[layer] + k.shape[2]
-        if self.v[layer] is None or stop > self.v[layer].shape[2]:
-            rows = max(stop, self.capacity, 2 * start)
-            # Whole multiples of 64 rows keep every head's rows aligned in memory at any
-            # capacity, so that the same rows give the same bits from any buffer.
-            rows = math.ceil(rows / 64) * 64
-            # Both are allocated before either is replaced: out of memory, neither changes.
-            grown = _grown(self.k[layer], k, start, rows), _grown(self.v[layer], v, start, rows)
-            self.k[layer], self.v[layer] = grown
+        self._make_room(layer, k, v, stop)
         self.k[layer][:, :, start:stop] = k
         self.v[layer][:, :, start:stop] = v
         self.filled[layer] = stop
+
+    def reserve(self, rows: int) -> None:
+        """Make room for that many rows behind those that are there."""
+        for layer, (k, v, filled) in enumerate(zip(self.k, self.v, self.filled)):
+            self._make_room(layer, k, v, filled + rows)
+
+    def _make_room(self, layer: int, k: Tensor, v: Tensor, rows: int) -> None:
+        """Let a layer's buffers have at least that many rows, like those of k and v."""
+        if self.v[layer] is None or rows > self.v[layer].shape[2]:
+            used = self.filled[layer]
+            # Whole multiples of 64 rows keep every head's rows aligned in memory at any
+            # capacity, so that the same rows give the same bits from any buffer.
+            rows = math.ceil(max(rows, self.capacity, 2 * used) / 64) * 64
+            # Both are allocated before either is replaced: out of memory, neither changes.
+            grown = _grown(self.k[layer], k, used, rows), _grown(self.v[layer], v, used, rows)
+            self.k[layer], self.v[layer] = grown
 
     def advance(self, positions: Tensor, next_position: int | None = None) -> None:
         """Note the positions (M,), or (3, M) on three axes, of the rows just appended in all
@@ -797,7 +827,16 @@ class VLM(nn.Module):
             yield token
             if token in stop or number == max_new_tokens:
                 return
-            hidden = self.read(self.embed([token]), cache)
+            if number == 1:
+                read = self._reader(cache, max_new_tokens - 1)
+            hidden = read(token)
+
+    def _reader(self, cache: KVCache, tokens: int) -> Callable[[int], Tensor]:
+        """What reads a token behind what the cache holds and returns its hidden state (1, 1, E)."""
+        kernels = triton and self.config.text.head_dim <= MAX_HEAD_DIM  # nothing waits for the GPU
+        if self.device.type == "cuda" and kernels and cache.steady and tokens >= GRAPH_TOKENS:
+            return StaticStep(self, cache, tokens)
+        return lambda token: self.read(self.embed([token]), cache)
 
     def compile_decoding(self) -> None:
         """Read single rows, that is the tokens of an answer, by torch.compile from now on: all that
@@ -805,14 +844,78 @@ class VLM(nn.Module):
         each type takes longer, by some two seconds a layer; results may differ in the last bits.
         Prompts still run eagerly.
 
-        Raises: RuntimeError where torch.compile does not work (on a CPU it needs a C++ compiler).
+        Raises: RuntimeError where torch.compile does not work (it needs a C++ compiler), and on a
+        GPU, which decodes by a CUDA graph (`StaticStep`) anyway.
         """
+        if self.device.type == "cuda":
+            raise RuntimeError("a GPU decodes by a CUDA graph, which needs no torch.compile")
         try:
             torch.compile(torch.square)(torch.ones(64, device=self.device))
         except Exception as error:  # of many kinds, none of them public
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise RuntimeError(f"torch.compile does not work here: {reason}") from error
         self.compiled = torch.compile(Decoder.forward, dynamic=True)
+
+
+class StaticStep:
+    """Reads the tokens of an answer one by one, as `VLM.read` does, by a CUDA graph on a GPU.
+
+    A decoding step is some thousand small kernels, which take longer to launch than to run. A graph
+    launches all of them at once, if nothing changes from step to step but numbers on the device: so
+    the token, its position, the rows it is written to and the length that is attended to are
+    tensors. The kernels and the bits are those of `VLM.read`.
+
+    Args:
+        cache: holds what comes before the answer, and is `steady`.
+        tokens: that many are read at most.
+    """
+
+    def __init__(self, model: VLM, cache: KVCache, tokens: int):
+        self.model, self.cache = model, cache
+        new = {"device": model.device, "dtype": torch.int64}
+        self.token = torch.zeros(1, **new)
+        self.position = torch.tensor([cache.next_position], **new)
+        self.rows = [torch.tensor([each.length], **new) for each in cache.written]
+        self.length = self.rows[-1][0] + 1
+        for each in cache.written:
+            each.reserve(tokens)
+        self.launch = self._captured() if model.device.type == "cuda" else self._step
+
+    def __call__(self, token: int) -> Tensor:
+        """Hidden state (1, 1, E), which the next call overwrites."""
+        self.token.fill_(token)
+        self.launch()
+        for each in self.cache.written:
+            each.filled = [filled + 1 for filled in each.filled]
+        self.cache.advance(torch.tensor([self.cache.next_position], device="cpu"))
+        return self.hidden
+
+    def _step(self) -> None:
+        config = self.model.config
+        with inference(self.model.device):
+            embedding = self.model.decoder.embed_tokens(self.token)[None]
+            embedding = F.pad(embedding, (0, config.deepstack * config.text.width))
+            self.hidden = self.model.decoder(embedding, self.position, self._attend)
+            for number in (self.position, self.length, *self.rows):
+                number += 1
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write one row into every cache; attention over the last of them."""
+        for cache, row in zip(self.cache.written, self.rows):
+            cache.k[layer].index_copy_(2, row, k)
+            cache.v[layer].index_copy_(2, row, v)
+        return decode_attention(q, cache.k[layer], cache.v[layer], length=self.length)
+
+    def _captured(self) -> Callable[[], None]:
+        """The step as a CUDA graph."""
+        with torch.cuda.device(self.model.device):
+            self._step()  # kernels are compiled before the capture
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+        for number in (self.position, self.length, *self.rows):
+            number -= 1
+        return graph.replay
 
 
 class Stopwatch:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, groupby
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,8 @@ def prune(
         scope: "frame" (the paper's word for a view) ranks the tokens of each view separately, so
             that every view keeps some; "global" ranks all of them together.
 
-    Returns: of every view the kept features (K, width) and their index (K,) int64 within it.
+    Returns: of every view the kept features (K, width) and their index (K,) int64 within it, which
+    is on the CPU: a prompt is laid out by it.
     Raises: ValueError for other shapes, scopes or sparsities, and for NaN in the salience.
     Source: Algorithm 2; the paper leaves the scope open, "frame" is our choice.
     """
@@ -67,16 +69,22 @@ def prune(
     ):
         found = " and ".join(str([tuple(x.shape) for x in xs]) for xs in (features, salience))
         raise ValueError(f"each view must have features (n, width) and salience (n,), got {found}")
+    sizes = [len(x) for x in features]
+    every = torch.cat(list(salience)).cpu()  # at once: a GPU is waited for once
     if scope == "frame":
-        index = [select_tokens(s, keep_count(len(s), sparsity)) for s in salience]
+        index = []
+        for n, equal in groupby(every.split(sizes), key=len):
+            index += select_tokens(torch.stack(list(equal)), keep_count(n, sparsity))
     elif scope == "global":
-        every = torch.cat(list(salience))
         chosen = torch.zeros_like(every, dtype=torch.bool)
         chosen[select_tokens(every, keep_count(len(every), sparsity))] = True
-        index = [stays.nonzero()[:, 0] for stays in chosen.split([len(s) for s in salience])]
+        index = [stays.nonzero()[:, 0] for stays in chosen.split(sizes)]
     else:
         raise ValueError(f"scope must be 'frame' or 'global', got {scope!r}")
-    return [gather_tokens(x[None], i[None])[0] for x, i in zip(features, index)], index
+    rows = torch.cat([i + start for i, start in zip(index, accumulate(sizes, initial=0))])
+    tokens = torch.cat(list(features))
+    kept = gather_tokens(tokens[None], rows[None].to(tokens.device))[0]
+    return list(kept.split([len(i) for i in index])), index
 
 
 def patch_salience(q: Tensor, k: Tensor, summary_tokens: int) -> Tensor:
@@ -164,6 +172,12 @@ class RetrievalCache(KVCache):
         # Stages: context (None, False), question (None, True), answer (a cache, False).
         self.packed: KVCache | None = None
         self.scoring = False
+
+    steady = True
+
+    @property
+    def written(self) -> list[KVCache]:
+        return [self] if self.packed is None else [self, self.packed]
 
     def start_question(self) -> None:
         self.packed, self.scoring, self.relevance = None, True, []

@@ -29,11 +29,10 @@ from typing import Any
 
 import torch
 
-from kernels import CPUINFO
-
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 CPU = torch.device("cpu")
+CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def machine(device: torch.device = CPU) -> str:

@@ -8,7 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, product
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ SHAPES = (
         ("SmolVLM-256M, 17 tiles, question", 1, 9, 3, 64, 272, 64, True),
     ]
 )
-LINEARS = ((512, 1408), (576, 49280), (2048, 5632), (4096, 4096), (4096, 11008))
+LINEARS = ((512, 1408), (576, 49280), (2048, 5632), (4096, 4096))
 LENGTHS = (1024, 4096, 32768, 131072, 262144)  # of a cache with 28 query and 4 key heads, D = 128
 
 
@@ -76,7 +76,7 @@ def benchmark() -> None:
     rows = []
     timed = chain(_time_colsum(shapes, new, passes), _time_cache(new, gpu))
     if not gpu:
-        timed = chain(timed, _time_linear(new))
+        timed = chain(timed, _time_linear())
     for label, size, flops, times in timed:
         times["bound"] = max(size / bandwidth, flops / rate)
         times["reached"] = times["bound"] / times["ours"] if times["ours"] else None
@@ -132,24 +132,25 @@ def _time_cache(new: dict, gpu: bool) -> Iterator[Row]:
         yield f"gather_keys_values: G 4 N {N} K {N // 2} D 128", 2 * k.nbytes, 0, times
 
 
-def _time_linear(new: dict) -> Iterator[Row]:
-    """`linear` on weights of these inputs and outputs, for one row and for many."""
-    for inputs, outputs in LINEARS:
-        count = max(1, 2**28 // (4 * inputs * outputs))  # more than any cache holds
+def _time_linear() -> Iterator[Row]:
+    """`linear` on weights of these inputs and outputs, for one row and for many, in every dtype."""
+    for dtype, (inputs, outputs) in product(
+        (torch.float32, torch.bfloat16, torch.float16), LINEARS
+    ):
+        new = {"dtype": dtype}
+        count = max(1, 2**28 // (dtype.itemsize * inputs * outputs))  # more than any cache holds
         weights = [torch.randn(outputs, inputs, **new) for _ in range(count)]
         for rows in (1, 16, 256):
             x = torch.randn(rows, inputs, **new)
             times = {}
-            for name, product in (("ours", linear), ("naive", F.linear)):
-                calls = [_time_once(product, x, weights[i % count]) for i in range(25)]
+            for name, function in (("ours", linear), ("naive", F.linear)):
+                began, calls = time.perf_counter(), []
+                while len(calls) < 2 or len(calls) < 25 and time.perf_counter() - began < 2:
+                    calls.append(_time_once(function, x, weights[len(calls) % count]))
                 times[name] = median_and_range(calls[1:])[0]
             size = weights[0].nbytes + x.nbytes + rows * outputs * x.element_size()
-            yield (
-                f"linear: {rows} x {inputs} to {outputs}",
-                size,
-                2 * rows * inputs * outputs,
-                times,
-            )
+            label = f"linear: {rows} x {inputs} to {outputs}, {str(dtype).removeprefix('torch.')}"
+            yield label, size, 2 * rows * inputs * outputs, times
 
 
 def naive_colsum(q: Tensor, k: Tensor, causal: bool) -> Tensor:

@@ -8,7 +8,7 @@ import argparse
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 import sparsevila
 from checkpoints.weights import progress, usable_device
-from kernels import decode_attention
-from model import VLM, KVCache, Stopwatch
+from model import VLM, Stopwatch
 from sparsevila import Dense, RetrievalCache, SparseVILA, check_sparsity
 
 from . import (
@@ -157,7 +155,7 @@ def speed(arguments: argparse.Namespace) -> dict:
     rounds: list[dict[str, dict]] = []
     bandwidths = []
     for number in progress(range(arguments.runs + 1), "measuring", " rounds"):
-        tokens = arguments.answer_tokens if number else 2  # the first round warms up
+        tokens = arguments.answer_tokens if number else 9  # the first round warms up
         runs, made = {}, {}
         for name in list(kinds)[:: -1 if number % 2 else 1]:  # neither is always first
             runs[name], made[name] = run_once(new_session(kinds[name]), pictures, tokens)
@@ -224,19 +222,14 @@ def run_once(session: SparseVILA, pictures: int, tokens: int) -> tuple[dict[str,
     """One clip, one question and its answer: milliseconds by stage, bytes of keys and values, peak
     of memory in bytes; and the tokens of the answer."""
     device, blank = session.model.device, Image.new("RGB", (1, 1))
-    graph = device.type == "cuda"
     reset_peak(device)
     with (
         timed(sparsevila, "patch_salience", device) as salience,
         timed(RetrievalCache, "score", device) as scoring,
     ):
         session.see([blank] * pictures)
-        answer = session.ask("?", max_new_tokens=1 if graph else tokens)
+        answer = session.ask("?", max_new_tokens=tokens)
     laps, cache = session.stats["milliseconds"] | answer.timings, session.cache
-    made = answer.token_ids
-    if graph:
-        rest, milliseconds = decode_statically(session.model, cache, made[0], tokens - 1)
-        made, laps["decode"] = made + rest, laps["decode"] + milliseconds
     laps["vision"] -= sum(salience)
     laps["question"] -= sum(scoring)
     laps |= {"salience": sum(salience), "scoring": sum(scoring), "packing": laps["retrieve"]}
@@ -249,7 +242,7 @@ def run_once(session: SparseVILA, pictures: int, tokens: int) -> tuple[dict[str,
     if isinstance(cache, RetrievalCache):
         buffers += [*cache.packed.k, *cache.packed.v]
     run["bytes held"] = sum(buffer.nbytes for buffer in buffers)
-    return run | {"peak bytes": peak(device)}, made
+    return run | {"peak bytes": peak(device)}, answer.token_ids
 
 
 @contextmanager
@@ -300,80 +293,6 @@ def decoder_bytes(model: VLM) -> int:
     parts = (model.decoder.layers, model.decoder.norm, model.lm_head)
     tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
     return sum(t.nbytes for t in tensors)
-
-
-# --- decoding by a CUDA graph ---------------------------------------------------------------------
-
-
-def decode_statically(
-    model: VLM, cache: KVCache, first: int, steps: int
-) -> tuple[list[int], float]:
-    """The tokens after the first and the milliseconds they take, by a CUDA graph on a GPU. To
-    capture it is not counted: a session could pack into the same buffer for every question."""
-    static = StaticStep(model, cache, first, steps + 2)
-    step = static
-    if model.device.type == "cuda":
-        with torch.cuda.device(model.device):
-            step = static.captured()
-    made, watch = [], Stopwatch(model.device)
-    for _ in range(steps):
-        step()
-        made.append(static.token.clone())
-    watch.lap("decode")
-    return torch.cat(made).tolist(), watch.milliseconds["decode"]
-
-
-class StaticStep:
-    """A decoding step that a CUDA graph can replay: all that changes, the token, its position and
-    the rows to write, is in tensors on the device. Continues a session's cache, greedily."""
-
-    def __init__(self, model: VLM, cache: KVCache, first: int, steps: int):
-        self.model = model
-        self.caches = [cache, cache.packed] if isinstance(cache, RetrievalCache) else [cache]
-        new = {"device": model.device, "dtype": torch.int64}
-        self.rows = [torch.tensor([each.length], **new) for each in self.caches]
-        self.position = torch.tensor([cache.next_position], **new)
-        self.token = torch.tensor([first], **new)
-        self.state = [self.token, self.position, *self.rows]
-        for each in self.caches:
-            for layer, length in enumerate(each.filled):  # make room for the rows to come
-                k, v = (
-                    b[:, :, :1].expand(-1, -1, steps, -1) for b in (each.k[layer], each.v[layer])
-                )
-                each.append(layer, k, v)
-                each.filled[layer] = length
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write one row into every cache; attention over the last of them."""
-        for cache, row in zip(self.caches, self.rows):
-            cache.k[layer].index_copy_(2, row, k)
-            cache.v[layer].index_copy_(2, row, v)
-        length = self.rows[-1][0] + 1
-        return decode_attention(q, cache.k[layer], cache.v[layer], length=length)
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        embedding = self.model.decoder.embed_tokens(self.token)[None]
-        hidden = self.model.decoder(embedding, self.position, self.attend)
-        self.token.copy_(self.model.lm_head(hidden[0, -1]).argmax())
-        for rows in (self.position, *self.rows):
-            rows += 1
-
-    def captured(self) -> Callable[[], None]:
-        """The step as a CUDA graph."""
-        start = [tensor.clone() for tensor in self.state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled before the capture
-            self()
-            self()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self()
-        for tensor, value in zip(self.state, start):
-            tensor.copy_(value)
-        return graph.replay
 
 
 # --- what follows from the runs -------------------------------------------------------------------

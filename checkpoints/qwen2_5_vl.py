@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from kernels import linear
 from model import Config, Linear, TextConfig, VisionConfig, rotate
 
 from . import networks, processor, values
@@ -156,7 +157,7 @@ class Tower(nn.Module):
         config, (R, U) = self.config, pixels.shape[1:3]
         wanted = None if attention_layer is None else attention_layer % len(self.layers)
         weight = self.patch_embedding.weight.flatten(1)  # kernel and stride are the same
-        x = F.linear(pixels.flatten(1, 3), weight, self.patch_embedding.bias)
+        x = linear(pixels.flatten(1, 3), weight, self.patch_embedding.bias)
         if config.table:
             x = x + self.learned_positions(R, U)
         turns = rotary(places(R, U).to(x.device), config.width // config.heads)

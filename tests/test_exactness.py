@@ -133,6 +133,34 @@ def test_sparsity_zero_has_the_bits_of_dense_in_every_family(family, count, prot
         assert_dense_and_sparse_share_their_bits(*family, pictures, QUESTIONS, options, 5)
 
 
+@settings(max_examples=20)
+@given(models, settings_of, sparsities, st.booleans())
+def test_the_step_that_a_gpu_replays_has_the_bits_of_reading(shape, options, sparsity, dense):
+    """Logits, tokens and caches over two turns; here without a graph."""
+    vlm, processor = random_model(**shape)
+    kind, runs = Dense if dense else SparseVILA, []
+    for reader in (vlm._reader, lambda cache, tokens: model_file.StaticStep(vlm, cache, tokens)):
+        session = kind(vlm, processor, decode_sparsity=sparsity, **options)
+        with pytest.MonkeyPatch.context() as patch, Recorder(vlm) as recorder:
+            patch.setattr(vlm, "_reader", reader)
+            session.see(random_pictures(shape["seed"], 2))
+            answers = [session.ask(q, max_new_tokens=n) for q, n in zip(QUESTIONS, (9, 300))]
+        runs.append(([a.token_ids for a in answers], recorder.logits, session.cache))
+    (tokens, logits, cache), (others, likewise, copy) = runs
+    assert tokens == others and len(logits) == len(likewise) > 2
+    assert all(torch.equal(a, b) for a, b in zip(logits, likewise))
+    assert cache.filled == copy.filled and cache.position_after == copy.position_after
+    for pair, other in zip(rows(cache), rows(copy)):
+        assert all(torch.equal(a, b) for a, b in zip(pair, other))
+
+
+def test_a_cache_that_attends_in_its_own_way_is_not_replayed():
+    """Unless it says that it is steady all the same."""
+    assert KVCache.steady and RetrievalCache.steady and not MaskedCache.steady
+    assert type("Scored", (RetrievalCache,), {"score": None}).steady
+    assert type("Same", (MaskedCache,), {"attend": None, "steady": True}).steady
+
+
 class MaskedCache(RetrievalCache):
     """The oracle of retrieval: attention over the whole main cache, in float64, with the visual
     rows that were not retrieved masked out. Nothing is packed."""

@@ -324,20 +324,25 @@ def test_gradients_flow_where_there_is_no_cache():
 
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (1, 1), (3,), (2, 40)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("amd", [False, True])
-def test_linear_is_the_same_product_by_any_library(rows, bias, amd, monkeypatch):
-    """In inference oneDNN's for large weights and MKL's in blocks for one row, in either order, the
-    plain one where gradients flow; against float64."""
-    monkeypatch.setattr(kernels, "AMD", amd)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_linear_is_the_same_product_by_any_library(rows, bias, dtype, multiplied, monkeypatch):
+    """In inference oneDNN's for large weights, MKL's in blocks for one row, blocks in float32 for
+    what is not multiplied; the plain one where gradients flow; against float64."""
+    monkeypatch.setattr(kernels, "_multiplied", lambda d: multiplied or d == torch.float32)
+    monkeypatch.setattr(kernels, "FLOAT32_BLOCK", 2**13)
     torch.manual_seed(0)
     for inputs, outputs in ((512, 256), (256, 512), (300, 500), (8, 8)):
-        linear = model.Linear(inputs, outputs, bias=bias)
-        x = torch.randn(*rows, 2 * inputs)[..., ::2]  # strided
+        linear = model.Linear(inputs, outputs, bias=bias).to(dtype)
+        x = torch.randn(*rows, 2 * inputs).to(dtype)[..., ::2]  # strided
         expected = x.double() @ linear.weight.double().T
         expected = expected + linear.bias.double() if bias else expected
         with torch.no_grad():
             got = linear(x)
-        assert got.shape == (*rows, outputs)
+        assert got.shape == (*rows, outputs) and got.dtype == dtype
         bound = 600 * 2**-24 * (x.double().abs() @ linear.weight.double().abs().T + 1)
+        if dtype != torch.float32:  # F.linear may round the product, and then the sum
+            rounded = expected.abs() + (linear.bias.double().abs() if bias else 0)
+            bound += torch.finfo(dtype).eps * rounded
         assert ((got - expected).abs() <= bound).all()
         assert ((linear(x) - expected).abs() <= bound).all() and linear(x).requires_grad

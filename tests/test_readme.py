@@ -94,6 +94,8 @@ ELSEWHERE = {
     "python -m bench make smolvlm-256m random256m": "tests/test_families.py",
     "python -m bench speed --figure results/speed.png": "tests/test_bench.py",
     "python -m bench speed": "tests/test_bench.py",
+    "python -m bench speed --preset longvila-7b --quantised": "tests/test_bench.py",  # on a GPU
+    "python -m bench speed --preset qwen2.5-vl-7b --quantised": "tests/test_bench.py",
     "python -m bench kernels": "test_the_benchmark_of_the_kernels",
     "python -m bench awq": "test_the_benchmark_of_the_products",
     "python -m bench quantised --questions 100": "test_the_tables_of_quantised_variants",
