@@ -95,6 +95,7 @@ def test_figures_follow_from_the_medians():
     assert got["prefill_speedup_range"] == [2, 2]
     assert got["decode_speedup_range"] == pytest.approx([50 / 107, 50 / 33])
     assert got["end_to_end_speedup"] == pytest.approx(150 / 88)
+    assert got["step_speedup"] == 2 and got["step_speedup_by_bytes"] == pytest.approx(10 / 7)
     assert got["dense"]["bound"] == 10 and got["dense"]["reached"] == 1.0
     assert got["dense"]["reached_range"] == [0.5, 2.0]  # 10 MB a step of 10 ms
     assert got["sparse"]["reached_range"] == pytest.approx([3.5 / 19.8, 14 / 5])  # 7 MB
