@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from awq import triton, w4a16_matmul
+from awq import _multiplied, triton, w4a16_matmul
 
 from . import machine
 
@@ -35,12 +35,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def benchmark() -> None:
-    """Time `w4a16_matmul` beside the library's half-precision matmul, and the bound: the bytes of
-    the packed weights, x and y over the measured copy bandwidth. On a GPU weights change from call
-    to call, so that no cache holds them. The last line of the output is one JSON object."""
+    """Time `w4a16_matmul` beside the library's matmul and the bound: the bytes of packed weights, x
+    and y over the measured copy bandwidth. In float16 on a GPU, where weights change from call to
+    call, so that no cache holds them; on a CPU in bfloat16, or float32 where the processor has no
+    products in it. The last line of the output is one JSON object."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    new = {"device": device, "dtype": torch.float16 if gpu else torch.bfloat16}
+    on_cpu = torch.bfloat16 if _multiplied(torch.bfloat16) else torch.float32
+    new = {"device": device, "dtype": torch.float16 if gpu else on_cpu}
     big = torch.empty(2**29 if gpu else 2**26, **new)
     bandwidth = 2 * big.nbytes / _time([partial(big.clone().copy_, big)] * 3, gpu)  # bytes per ms
     del big
@@ -55,7 +57,7 @@ def benchmark() -> None:
             x, calls = torch.randn(rows, inputs, **new), 1 if gpu else 3
             ours = _time([partial(w4a16_matmul, x, *p) for p in packed] * calls, gpu)
             library = _time([partial(torch.matmul, x, w) for w in half] * calls, gpu)
-            size = sum(t.nbytes for t in packed[0]) + 2 * rows * (inputs + outputs)
+            size = sum(t.nbytes for t in packed[0]) + x.element_size() * rows * (inputs + outputs)
             bound = size / bandwidth
             label = f"{what}: {rows} x {inputs} to {outputs}"
             speedup, reached = library / ours, bound / ours
