@@ -46,7 +46,7 @@ except (ImportError, AttributeError):  # none, or one before 3.4: PyTorch everyw
     triton, jit, INTERPRETED = None, lambda kernel: kernel, False
 
 CHUNK_BYTES = 16 * 2**20  # PyTorch path: a block of float32 scores; attention_lse holds two
-LOG2_E = math.log2(math.e)  # the kernels' scores are logarithms to base 2
+LOG2_E = math.log2(math.e)  # in the kernels' scale, so that they raise 2, not e: one step less
 MAX_HEAD_DIM = 256  # of the Triton path; larger heads take the PyTorch path
 
 
@@ -106,7 +106,7 @@ def _lse_kernel(
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """lse[p, b, h, i] = ln sum_j exp(scale * q[b, h, i] . k[b, g, j]) over the j of part p."""
+    """lse[p, b, h, i] = ln sum_j 2^(scale * q[b, h, i] . k[b, g, j]) over the j of part p."""
     # 1. Load a block of the group's GROUP * M query rows: row by row, in each the heads side by
     #    side, so that all heads share every key tile and a block spans few rows of the mask.
     block, batch, g, B = _place(tl.cdiv(M * GROUP, BLOCK_R), G)
@@ -261,7 +261,7 @@ def _colsum_kernel(
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """colsum[b, h, j] = sum_i exp(scale * q[b, h, i] . k[b, g, j] - lse[b, h, i])."""
+    """colsum[b, h, j] = sum_i 2^(scale * q[b, h, i] . k[b, g, j] - lse[b, h, i] / ln 2)."""
     # 1. Load a block of keys, once for all heads of the group.
     block, batch, g, _ = _place(tl.cdiv(N, BLOCK_N), G)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
