@@ -459,10 +459,8 @@ def _w4a16_matmul_triton(
     """Launch `_gemv_kernel` (one row) or `_gemm_kernel` on x (rows, inputs), then `_sum_kernel`.
     With few outputs the inputs are split into parts, so that all of the chip works."""
     (rows, inputs), outputs, group = x.shape, scales.shape[1], len(qweight) // len(scales)
-    block_rows, block_out = (
-        min(128, max(16, triton.next_power_of_2(rows))),
-        128 if rows == 1 else 64,
-    )
+    block_rows = min(128, max(16, triton.next_power_of_2(rows)))
+    block_out = 128 if rows == 1 else 64
     block_in = _block_in(inputs, group)
     programs = triton.cdiv(outputs, block_out) * triton.cdiv(rows, block_rows)
     parts = parts or max(1, min(32, _programs(x.device) // programs))
