@@ -169,7 +169,7 @@ class VisionTower(nn.Module):
         """Class token, if there is one, and patches with their positions, (views, T, C)."""
         conv, wide = self.patch_embedding, pixels.dtype
         if pixels.device.type == "cpu":  # there half precision may take forty times as long
-            wide = torch.float32
+            wide = torch.promote_types(wide, torch.float32)
         weight, bias = (w if w is None else w.to(wide) for w in (conv.weight, conv.bias))
         x = F.conv2d(pixels.to(wide), weight, bias, conv.stride).to(pixels.dtype)
         # (views, patches, C), a patch's numbers side by side: all states are laid out like these.
