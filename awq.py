@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -265,6 +266,7 @@ def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor)
     return y.sub_(x.float().unflatten(1, (-1, group)).sum(-1) @ packed[2])
 
 
+@cache
 def _multiplied(dtype: torch.dtype) -> bool:
     """As in kernels.py: whether this processor's oneDNN multiplies matrices of a dtype."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)

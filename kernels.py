@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from numbers import Integral
 
 import torch
@@ -626,6 +627,7 @@ MKL = torch.backends.mkl.is_available()
 FLOAT32_BLOCK = 2**23  # weights that are made float32 at a time: 32 MB
 
 
+@cache
 def _multiplied(dtype: torch.dtype) -> bool:
     """Whether this processor's oneDNN multiplies matrices of a dtype. What it does not, PyTorch
     does in loops of its own, five times as slowly as in float32, or much more."""

@@ -134,9 +134,8 @@ def _time_cache(new: dict, gpu: bool) -> Iterator[Row]:
 
 def _time_linear() -> Iterator[Row]:
     """`linear` on weights of these inputs and outputs, for one row and for many, in every dtype."""
-    for dtype, (inputs, outputs) in product(
-        (torch.float32, torch.bfloat16, torch.float16), LINEARS
-    ):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype, (inputs, outputs) in product(dtypes, LINEARS):
         new = {"dtype": dtype}
         count = max(1, 2**28 // (dtype.itemsize * inputs * outputs))  # more than any cache holds
         weights = [torch.randn(outputs, inputs, **new) for _ in range(count)]
