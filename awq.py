@@ -16,7 +16,7 @@ comes from a search that compares the layer's output before and after rounding.
 
 Axes: rows of activations; inputs and outputs of a Linear; g group size; T rows of a calibration
 turn, E decoder width. A Linear's weight is (outputs, inputs), as in PyTorch; the packed tensors are
-(inputs, outputs), as in the files.
+(inputs, outputs), as in the files. Results are new, contiguous tensors.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def quantize_groups(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tens
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         found = f"{weight.dtype} {tuple(weight.shape)}"
         raise ValueError(f"weight must be floating point (outputs, inputs), got {found}")
-    w = weight.detach().float().unflatten(1, (-1, _group_size(group_size, weight.shape[1])))
+    w = weight.detach().float().contiguous()
+    w = w.unflatten(1, (-1, _group_size(group_size, weight.shape[1])))
     if not w.isfinite().all():
         raise ValueError("weights must be finite, got NaN or infinity")
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (outputs, inputs / g)
@@ -226,7 +227,7 @@ def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tenso
     (inputs, words), groups = qweight.shape, len(scales)
 
     def halves(words: Tensor) -> Tensor:
-        pairs = words.contiguous().view(torch.uint8)
+        pairs = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         return torch.stack([pairs & 0xF, pairs >> 4], 1).view(torch.int8)  # (rows, 2, bytes)
 
     products, step = [], max(8, CPU_BLOCK // 8 // inputs)

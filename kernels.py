@@ -18,7 +18,7 @@ reference (also where triton is missing), in which torch.autocast casts as every
 TRITON_INTERPRET=1 in the environment the kernels run on the CPU, one program after the other.
 
 The kernels use no atomics: every output element is written by one program, which adds in a fixed
-order, so that the same input gives the same bits every time.
+order, so that the same input gives the same bits every time. Results are new, contiguous tensors.
 
 Axes: B batch, H query heads, G key/value heads (G divides H: query head h reads key head h // (H /
 G)), M query rows, N key columns, D head size, E hidden size, K chosen rows, P parts that the keys

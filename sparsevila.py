@@ -547,8 +547,8 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` highest scores along the last axis, ascending; ties go to the lower
     index (our choice).
 
-    scores (..., n) float -> (..., keep) int64. The choice at a smaller keep is a subset of that at
-    a larger one. Raises: ValueError for a scalar, for NaN and for keep outside [0, n].
+    scores (..., n) float -> (..., keep) int64, contiguous. The choice at a smaller keep is a subset
+    of that at a larger one. Raises: ValueError for a scalar, for NaN and for keep outside [0, n].
     """
     if scores.dim() == 0:
         raise ValueError(f"scores must be (..., n), got {scores}")
@@ -556,7 +556,7 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
         raise ValueError(f"keep must be an integer in [0, {scores.shape[-1]}], got {keep!r}")
     if scores.isnan().any():
         raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN")
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    order = scores.contiguous().sort(dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values
 
 
