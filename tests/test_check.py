@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import vectors
-from conformance.check import expectations, main
-from conformance.checks import CHECKS, Lab
+from conformance.check import bits, expectations, main
 from conformance.conftest import load_implementation
+from conformance.contracts import PROMISES
+from conformance.laws import Lab
+from conformance.recipe import VALUES, bell, numbers, simplified
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +59,7 @@ def test_right_results_exit_with_zero(results, capsys):
         (lambda t: t | {NAME: t[NAME] + 1e-3}, "1 of 1 wrong, the first at (0, 0, 0)"),
         (
             lambda t: {n: v for n, v in t.items() if n != NAME},
-            f"{NAME} (q [1, 1, 1, 8], k [1, 1, 1, 8], causal False): missing",
+            f"{NAME} (q [1, 1, 1, 8], k [1, 1, 1, 8]): missing",
         ),
         (lambda t: t | {"attention_lse/0/lze": torch.ones(1)}, "no case: 'attention_lse/0/lze'"),
         (lambda t: t | {"lse": torch.ones(1)}, "no case: 'lse'"),
@@ -109,33 +111,88 @@ def test_the_files_are_what_the_script_makes():
     for written, case in zip(manifest, cases):
         assert written["inputs"].keys() == case.inputs.keys()
         for name, tensor in case.inputs.items():
-            assert torch.equal(recorded[written["inputs"][name]["tensor"]], tensor)
-        for name, (expected, allowed) in case.outputs.items():
-            place = written["outputs"][name]
+            place = written["inputs"][name]
+            got = recorded[place["tensor"]] if "tensor" in place else numbers(place)
+            assert torch.equal(got.nan_to_num(), tensor.nan_to_num())
+        for name, expected in case.outputs.items():
+            place, (value, allowed) = written["outputs"][name], vectors.stored(expected)
             got = recorded[place["tensor"]]
             assert list(got.shape) == place["shape"] and str(got.dtype).endswith(place["dtype"])
             if allowed is None:
-                assert place["tolerance"] == "exact" and torch.equal(got, expected)
+                assert place["tolerance"] == "exact" and torch.equal(bits(got), bits(value))
             else:
-                assert torch.allclose(got.double(), expected.double(), rtol=1e-6, atol=1e-30)
+                off = (got.double() - value.double()).abs().nan_to_num(0)
+                assert (off <= recorded[place["tolerance"]] / 100 + 1e-30).all()
+
+
+def test_the_files_are_at_most_eight_megabytes():
+    assert sum(file.stat().st_size for file in vectors.FOLDER.iterdir()) <= 8_000_000
+
+
+def test_numbers_are_what_the_page_says():
+    """With Python's integers, element by element."""
+
+    def mixed(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    for seed in (0, 77, 2**27 + 1):
+        for i, z in enumerate(bell(seed, (3, 5)).flatten().tolist()):
+            w, low = (mixed((mixed(seed) + 2 * i + n) % 2**32) for n in (0, 1))
+            total = sum(w.to_bytes(4, "big")) - 510
+            assert z == (total + low / 2**32) / 128
+    for values in VALUES:
+        recipe = {"values": values, "seed": 5, "size": 2.0, "shape": [2, 4, 3], "dtype": "float32"}
+        assert numbers(recipe).isfinite().all()
+
+
+def test_a_case_is_made_as_simple_as_it_can_be():
+    fields = {"n": range(1, 100), "kind": ("plain", "odd", "worse"), "other": (0, 1, 2)}
+    tried = []
+
+    def fails(case: dict) -> bool:
+        tried.append(case)
+        return case["n"] >= 17 and case["kind"] != "plain"
+
+    case = simplified({"n": 80, "kind": "worse", "other": 2, "seed": 3}, fields, fails)
+    assert case == {"n": 17, "kind": "odd", "other": 0, "seed": 3} and len(tried) < 200
+
+
+def test_cases_are_the_same_in_every_run_and_show_every_option():
+    for promises in PROMISES.values():
+        for promise in promises:
+            cases = promise.cases("float32", 1)
+            assert cases == promise.cases("float32", 1)
+            if promise.count >= 100:
+                for name, options in promise.fields.items():
+                    shown = {repr(case[name]) for case in cases}
+                    assert len(options) > 15 or {*map(repr, options)} <= shown, (promise, name)
 
 
 def test_every_operation_has_cases():
     manifest, _ = expectations()
-    assert {case["operation"] for case in manifest} == CHECKS.keys()
+    assert {case["operation"] for case in manifest} == PROMISES.keys()
 
 
 def test_an_allowed_error_is_small_beside_what_it_belongs_to():
-    """A tolerance that lets anything pass would be none: of the largest value at most a hundredth
-    in float32, a tenth in 16 bits."""
+    """A tolerance that lets anything pass would be none: of the largest value at most a twentieth
+    in float32, a tenth in 16 bits; of integers one in twenty is in doubt."""
     manifest, tensors = expectations()
+    doubtful = integers = 0
     for case in manifest:
         for place in case["outputs"].values():
-            if place["tolerance"] != "exact":
-                expected, allowed = tensors[place["tensor"]], tensors[place["tolerance"]]
-                largest = expected[expected.isfinite()].abs().amax().clamp(min=1e-3).double()
-                limit = 1e-2 if expected.dtype == torch.float32 else 0.1
-                assert allowed.max() < limit * largest, place["tensor"]
+            expected = tensors[place["tensor"]].double().nan_to_num(0, 0, 0)
+            extreme = any(
+                word in case["about"] for word in ("far beyond", "weights tiny", "v tiny")
+            )
+            if place["tolerance"] != "exact" and expected.any() and not extreme:
+                allowed = tensors[place["tolerance"]]
+                limit = {"float32": 0.05, "int8": 1.01}.get(place["dtype"], 0.1)
+                assert allowed.max() < limit * expected.abs().max(), place["tensor"]
+                if place["dtype"] == "int8":
+                    doubtful, integers = doubtful + int(allowed.sum()), integers + allowed.numel()
+    assert doubtful < integers / 20
 
 
 def test_a_pipe_is_not_waited_for(results, capsys):
@@ -154,7 +211,7 @@ def test_a_refused_dtype_hides_no_mistake(tmp_path):
         "    return q.sum(-1)\n"
     )
     status, printed = run("pytest", "-q", "tests/conformance", "--impl", str(file))
-    assert status == 1 and "3 failed" in printed
+    assert status == 1 and "4 failed" in printed
     file.write_text("def attention_lse(q, k, **options):\n    raise NotImplementedError('no')\n")
     status, printed = run("pytest", "-q", "tests/conformance", "--impl", str(file))
     assert status == 1 and " passed" not in printed
@@ -172,7 +229,7 @@ def test_a_program_in_another_language(tmp_path, capsys):
     example = ROOT / "tests" / "conformance" / "example.js"
     subprocess.run(["node", example, tmp_path / "results"], check=True)
     status, printed = verdict(tmp_path / "results", capsys)
-    assert status == 0 and printed.count("right") == 2, printed
+    assert status == 0 and printed.count("right") == 3, printed
 
 
 # --- --impl ---------------------------------------------------------------------------------------
@@ -215,14 +272,14 @@ def test_what_a_module_does_not_define_is_not_provided(tmp_path):
     )
     assert load_implementation(str(file)).keys() == {"keep_count", "select_tokens"}
     status, printed = run("pytest", "-q", "-rs", "tests/conformance", "--impl", str(file))
-    assert status == 1 and "1 failed" in printed and " passed" not in printed
+    assert status == 1 and "2 failed" in printed and " passed" not in printed
     assert "attention_lse not provided" in printed
     assert "select_tokens not provided in part: torch.float32: tomorrow" in printed
     folder = tmp_path / "results"
     status, printed = run("tests.conformance.run", str(folder), "--impl", str(file))
     assert status == 0, printed
     status, printed = run("tests.conformance.check", str(folder))
-    assert status == 1 and "keep_count/0/count" in printed and "shape" not in printed
+    assert status == 1 and "keep_count/1/count" in printed and "shape" not in printed
 
 
 def test_a_changed_copy_of_our_files_meets_its_own_neighbours(tmp_path):
@@ -235,7 +292,8 @@ def test_a_changed_copy_of_our_files_meets_its_own_neighbours(tmp_path):
     theirs = load_implementation(str(tmp_path / "sparsevila.py"))
     assert sys.modules["kernels"] is ours
     with pytest.raises(AssertionError, match="mine"):
-        CHECKS["RetrievalCache"][0](Lab(theirs))
+        promise = PROMISES["RetrievalCache"][0]
+        promise.check(Lab(theirs), promise.cases("float32", 1)[0])
 
 
 def test_the_documented_adapter(tmp_path):
@@ -245,12 +303,19 @@ def test_the_documented_adapter(tmp_path):
     on_a_cpu = "from flash_colreduce import naive_colreduce as flash_colreduce  #"
     file = tmp_path / "adapter.py"
     file.write_text(adapter.replace("from flash_colreduce import flash_colreduce  #", on_a_cpu))
-    status, printed = run("pytest", "-q", "-rs", "tests/conformance", "--impl", str(file))
-    assert status == 1 and "it has no argument for the rows' log-sum-exp" in printed, printed
-    assert "1 failed, 3 passed" in printed
-    assert (
-        "attention_colsum: the_attention_that_every_key_receives\n    B 2, H 4, G 2, M 9, N 5"
-        in printed
+    arguments = (
+        "pytest",
+        "-q",
+        "tests/conformance",
+        "--quick",
+        "--impl",
+        str(file),
+        "-k",
+        "values",
+    )
+    status, printed = run(*arguments)
+    assert status == 1 and "M 2, causal True, float32: colsum is 2 in place of 1" in printed, (
+        printed
     )
 
 
@@ -276,15 +341,16 @@ def test_what_is_wrong_is_said_in_the_order_of_computation(tmp_path):
     (tmp_path / "mine.py").write_text(WRONG)
     status, printed = run("pytest", "tests/conformance", "--impl", str(tmp_path / "mine.py"))
     end = printed.split("wrong, in the order of computation")[1].splitlines()[1:]
-    named = [line.split(":")[0] for line in end if line[:1].isalpha() and ": " in line]
+    named = [line.split(":")[0] for line in end if line.split(":")[0] in PROMISES]
     assert status == 1 and "Traceback" not in printed
     assert named[:1] == ["attention_colsum"] and "keep_count" in named
-    assert named.index("keep_count") > max(
-        i for i, x in enumerate(named) if x == "attention_colsum"
-    )
-    assert any(line.startswith("    usual reasons: mask aligned top-left") for line in end)
+    assert named == sorted(named, key=list(PROMISES).index)
     assert any(
-        re.search(r" in place of .* at \(\d+, \d+, \d+\), allowed are ", line) for line in end
+        re.search(r"wrong. The simplest found: N 2, causal True, float32: colsum is 1 in", line)
+        for line in end
+    )
+    assert any(
+        line.startswith("    the same number comes of: mask aligned top-left") for line in end
     )
     assert "Start with attention_colsum: what comes after it may build on it." in end
 
@@ -294,8 +360,9 @@ def test_an_lse_that_is_not_used_is_noted(tmp_path):
     right = WRONG.split("def keep_count")[0].replace(".tril()", ".tril(k.shape[2] - q.shape[2])")
     right = right.replace(".softmax(-1)", ".softmax(-1).nan_to_num(0)")
     (tmp_path / "mine.py").write_text(right)
-    status, printed = run("pytest", "tests/conformance", "--impl", str(tmp_path / "mine.py"))
-    assert status == 0 and "wrong" not in printed, printed
+    arguments = ("--impl", str(tmp_path / "mine.py"), "-k", "not errors", "--quick")
+    status, printed = run("pytest", "tests/conformance", *arguments)
+    assert status == 0 and "are wrong" not in printed, printed
     assert (
         printed.count("note: attention_colsum does not use lse=: right, but it saves no pass") == 1
     )

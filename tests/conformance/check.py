@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+VERSION = 2  # of the files; vectors.py says what changed
 FOLDER = Path(__file__).resolve().parent.parent / "golden" / "conformance"
 
 
@@ -45,12 +46,13 @@ def read_results(folder: Path) -> dict[str, Tensor]:
 def expectations(folder: Path = FOLDER) -> tuple[list[dict], dict[str, Tensor]]:
     """The manifest's cases, and all tensors that they name."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    return manifest, load_file(folder / "vectors.safetensors")
+    return manifest["cases"], load_file(folder / "vectors.safetensors")
 
 
-def place_of(number: int, x: Tensor) -> tuple[int, ...]:
-    """The index of the element that is this far into a tensor, row by row."""
-    return tuple(int(i) for i in torch.unravel_index(torch.tensor(number), x.shape))
+def bits(x: Tensor) -> Tensor:
+    """Numbers that are equal only if all bits of x are, of NaN and -0 as well."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(kind)
 
 
 def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | None:
@@ -63,12 +65,12 @@ def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | 
     dtype = str(got.dtype).removeprefix("torch.")
     if dtype != place["dtype"]:
         return f"dtype must be {place['dtype']}, got {dtype}"
-    if got.is_floating_point() and got.isnan().any():
-        return f"{int(got.isnan().sum())} NaN"
     if place["tolerance"] == "exact":
-        wrong = got != expected
+        wrong = bits(got) != bits(expected)
         allowed = torch.zeros(())
     else:
+        if got.isnan().any():
+            return f"{int(got.isnan().sum())} NaN"
         allowed = vectors[place["tolerance"]].double()
         off = (got.double() - expected.double()).abs()
         wrong = (off > allowed) & (got != expected)  # infinities that agree have no difference
@@ -76,8 +78,9 @@ def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | 
         return None
     at = int(wrong.flatten().int().argmax())
     limit = float(allowed.expand(expected.shape).flatten()[at])
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), got.shape))
     return (
-        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {place_of(at, got)}: "
+        f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {index}: "
         f"{got.flatten()[at].item():.9g} in place of {expected.flatten()[at].item():.9g}, "
         f"allowed are {limit:.3g}"
     )
@@ -86,7 +89,7 @@ def fault(got: Tensor | None, place: dict, vectors: dict[str, Tensor]) -> str | 
 def given(case: dict) -> str:
     """The parameters of a case and the shapes of its inputs, in a few words."""
     shapes = {name: list(place["shape"]) for name, place in case["inputs"].items()}
-    text = ", ".join(f"{name} {value}" for name, value in (shapes | case["parameters"]).items())
+    text = ", ".join(f"{name} {value}" for name, value in (case["parameters"] | shapes).items())
     return text if len(text) < 160 else text[:160] + " ..."
 
 

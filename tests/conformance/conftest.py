@@ -2,8 +2,8 @@
 
 import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +15,8 @@ import kernels
 import model
 import sparsevila
 
-from .checks import CHECKS, Lab
+from .contracts import PROMISES
+from .laws import Fault, Lab, wrong
 from .oracle import INTERPRETED, ROUNDOFF
 
 OURS = (kernels, model, awq, sparsevila)
@@ -25,7 +26,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ROUNDOFF}
 def load_implementation(name: str | None) -> dict:
     """The operations that a module (or a Python file) defines itself; ours without a name.
     Raises: ValueError if there is no such module, or nothing in it."""
-    ours = {op: getattr(m, op) for op in CHECKS for m in OURS if hasattr(m, op)}
+    ours = {op: getattr(m, op) for op in PROMISES for m in OURS if hasattr(m, op)}
     if name is None:
         return ours
     try:
@@ -33,10 +34,10 @@ def load_implementation(name: str | None) -> dict:
     except (Exception, SystemExit) as error:  # whatever somebody's code does
         kind = type(error).__name__
         raise ValueError(f"--impl {name!r} cannot be imported: {kind}: {error}") from None
-    theirs = {op: getattr(module, op) for op in CHECKS if hasattr(module, op)}
+    theirs = {op: getattr(module, op) for op in PROMISES if hasattr(module, op)}
     theirs = {op: made for op, made in theirs.items() if made is not ours[op]}
     if not theirs:
-        raise ValueError(f"--impl {name} defines none of {', '.join(CHECKS)}")
+        raise ValueError(f"--impl {name} defines none of {', '.join(PROMISES)}")
     return theirs
 
 
@@ -75,7 +76,9 @@ def pytest_configure(config: pytest.Config) -> None:
         operations = load_implementation(config.getoption("impl"))
     except ValueError as error:
         raise pytest.UsageError(" ".join(str(error).split())) from None
-    config.lab = Lab(operations, device, tuple(DTYPES[name] for name in names))
+    share = 0.1 if config.getoption("quick") else 1.0
+    config.lab = Lab(operations, device, tuple(DTYPES[name] for name in names), share)
+    config.faults = {}  # promise -> the faults found, one for each dtype that is wrong
     if config.getoption("impl") and config.option.tbstyle == "auto":
         config.option.tbstyle = "no"  # `pytest_terminal_summary` says it in a line each
 
@@ -87,52 +90,43 @@ def pytest_report_header() -> str | None:
     return None
 
 
-def usual_reasons(operation: str, check: Callable[[Lab], None], words: str) -> list[str]:
-    """Mistakes of mutants.py that the check rejects, four at most: first those that it rejects at
-    the same place, which stands before the colon of what it says."""
-    from .mutants import MUTANTS
+def usual_reasons(fault: Fault) -> list[str]:
+    """Mistakes of mutants/ that give the same wrong number in the same place of this case, four at
+    most."""
+    from .mutants import mutants
 
-    ours, reasons = load_implementation(None), []
-    for mistake, implementation in MUTANTS[operation].items():
-        try:
-            check(Lab(ours | {operation: implementation}, dtypes=(torch.float32,)))
-        except AssertionError as error:
-            elsewhere = str(error).split(":")[0] != words.split(":")[0]
-            reasons.append((elsewhere, mistake))
-        except Exception:  # not this check's business
-            pass
-    reasons.sort(key=lambda reason: reason[0])
-    return [mistake for _, mistake in reasons[:4]]
+    def rounded(words: str) -> str:
+        return re.sub(r"-?\d+\.\d+(e[-+]\d+)?", lambda number: f"{float(number[0]):.4g}", words)
+
+    ours, operation, reasons = load_implementation(None), fault.promise.operation, []
+    for mutant in mutants():
+        if mutant.operation == operation:
+            lab = Lab(ours | {operation: mutant.implementation})
+            words = wrong(fault.promise, lab, fault.case)
+            if words and rounded(words) == rounded(fault.words):
+                reasons.append(mutant.mistake)
+    return reasons[:4]
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """What is wrong with somebody's implementation: a line for each check, in the order of
+    """What is wrong with somebody's implementation: a few lines for each promise, in the order of
     computation, and what is most often the reason."""
     if not config.getoption("impl"):
         return
-    failed = {report.nodeid: report for report in terminalreporter.getreports("failed")}
-    first = None
-    for operation, group in CHECKS.items():
-        for check in group:
-            name = f"{operation}: {check.__name__}"
-            report = next((r for node, r in failed.items() if node.endswith(f"[{name}]")), None)
-            if report is None:
-                continue
-            if first is None:
-                first = operation
-                terminalreporter.section("wrong, in the order of computation")
-            crash = getattr(report.longrepr, "reprcrash", None)
-            words = crash.message if crash else str(report.longrepr)
-            compared = words.startswith("AssertionError: ")  # else it did not get that far
-            words = words.removeprefix("AssertionError: ").splitlines()[0]
-            terminalreporter.line(name)
-            terminalreporter.line("    " + words)
-            if compared and (reasons := usual_reasons(operation, check, words)):
-                terminalreporter.line("    usual reasons: " + "; ".join(reasons))
-    if first:
-        terminalreporter.line(f"Start with {first}: what comes after it may build on it.")
+    line = terminalreporter.line
+    for number, (promise, faults) in enumerate(config.faults.items()):
+        if number == 0:
+            terminalreporter.section("wrong, in the order of computation")
+        line(str(promise))
+        for fault in faults:
+            line("    " + str(fault))
+        if promise.law != "errors" and (reasons := usual_reasons(faults[0])):
+            line("    the same number comes of: " + "; ".join(reasons))
+    if config.faults:
+        first = next(iter(config.faults)).operation
+        line(f"Start with {first}: what comes after it may build on it.")
     for note in dict.fromkeys(config.lab.notes):
-        terminalreporter.line(f"note: {note}")
+        line(f"note: {note}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -145,3 +139,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture
 def lab(pytestconfig: pytest.Config) -> Lab:
     return pytestconfig.lab
+
+
+@pytest.fixture
+def faults(pytestconfig: pytest.Config) -> dict[str, list[Fault]]:
+    return pytestconfig.faults

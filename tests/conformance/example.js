@@ -1,5 +1,5 @@
 // How a program without Python takes part: node tests/conformance/example.js FOLDER
-// computes the cases of two operations and writes FOLDER/results.safetensors, which
+// computes the cases of three operations and writes FOLDER/results.safetensors, which
 // python -m tests.conformance.check FOLDER compares. Nothing but node is needed.
 
 const fs = require("fs");
@@ -7,7 +7,17 @@ const path = require("path");
 
 // --- the safetensors format: header length, header, bytes ---------------------------------------
 
-const KINDS = { F32: Float32Array, I8: Int8Array, I32: Int32Array, I64: BigInt64Array };
+const KINDS = { F64: Float64Array, F32: Float32Array, I8: Int8Array, I32: Int32Array, I64: BigInt64Array };
+
+function fromHalf(h) {
+  const sign = h >> 15 ? -1 : 1, exponent = (h >> 10) & 31, fraction = h & 1023;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  return sign * (exponent ? 2 ** (exponent - 25) * (1024 + fraction) : 2 ** -24 * fraction);
+}
+
+function fromBfloat(h) {
+  return new Float32Array(new Uint32Array([h << 16]).buffer)[0];
+}
 
 function read(file) {
   const bytes = fs.readFileSync(file);
@@ -16,8 +26,10 @@ function read(file) {
   return (name) => {
     const { dtype, shape, data_offsets } = header[name];
     const [begin, end] = data_offsets.map((offset) => start + offset);
-    const copy = new Uint8Array(bytes.subarray(begin, end)); // aligned
-    return { shape, data: new KINDS[dtype](copy.buffer) };
+    const copy = new Uint8Array(bytes.subarray(begin, end)).buffer; // aligned
+    const wide = { F16: fromHalf, BF16: fromBfloat }[dtype];
+    const data = wide ? Float32Array.from(new Uint16Array(copy), wide) : new KINDS[dtype](copy);
+    return { shape, data };
   };
 }
 
@@ -37,14 +49,63 @@ function write(file, tensors) {
   fs.writeFileSync(file, Buffer.concat([length, text, ...parts]));
 }
 
+// --- tensors that are not in the file, but made by a recipe --------------------------------------
+
+function mixed(x) {
+  x = Math.imul(x ^ (x >>> 16), 0x7feb352d);
+  x = Math.imul(x ^ (x >>> 15), 0x846ca68b);
+  return (x ^ (x >>> 16)) >>> 0;
+}
+
+const VALUES = { // of a number z, and how far along the last axis but one it stands, from 0 to 1
+  bell: (z) => z, positive: Math.abs, negative: (z) => -Math.abs(z), heavy: (z) => z * z * z,
+  levels: Math.floor, equal: () => 1, zero: () => 0,
+  rising: (z, step) => z + 8 * step, falling: (z, step) => z - 8 * step,
+  sink: (z, step) => z / 16 + (step === 0 ? 5 : 0),
+};
+
+function made({ values, seed, size, shape }) { // float32, or words in int32
+  const count = shape.reduce((a, b) => a * b, 1), first = mixed(seed);
+  const word = (i) => mixed((first + i) >>> 0);
+  if (values === "words") return { shape, data: Int32Array.from({ length: count }, (_, i) => word(i)) };
+  const [rows, width] = shape.slice(-2);
+  const data = Float32Array.from({ length: count }, (_, i) => {
+    const w = word(2 * i), bytes = (w & 255) + ((w >>> 8) & 255) + ((w >>> 16) & 255) + (w >>> 24);
+    const z = (bytes - 510 + word(2 * i + 1) / 2 ** 32) / 128;
+    return size * VALUES[values](z, (Math.floor(i / width) % rows) / rows);
+  });
+  return { shape, data };
+}
+
 // --- the implementation under test --------------------------------------------------------------
 
 const operations = {
+  attention_lse({ q, k }, { causal = false, scale }) {
+    const [B, H, M, D] = q.shape, [G, N] = k.shape.slice(1), lse = new Float32Array(B * H * M);
+    for (let row = 0; row < lse.length; row++) {
+      const i = row % M, h = Math.floor(row / M) % H, b = Math.floor(row / M / H);
+      const keys = (b * G + Math.floor(h / (H / G))) * N, seen = causal ? N - M + i + 1 : N;
+      const scores = [];
+      for (let j = 0; j < seen; j++) {
+        let sum = 0;
+        for (let d = 0; d < D; d++) sum += q.data[row * D + d] * k.data[(keys + j) * D + d];
+        scores.push(sum * (scale ?? D ** -0.5));
+      }
+      const top = scores.reduce((a, x) => Math.max(a, x), -Infinity);
+      const total = scores.reduce((a, x) => a + Math.exp(x - top), 0);
+      lse[row] = top === -Infinity ? top : top + Math.log(total);
+    }
+    return { lse: { shape: [B, H, M], data: lse } };
+  },
   select_tokens({ scores }, { keep }) {
-    const order = [...scores.data.keys()];
-    order.sort((i, j) => scores.data[j] - scores.data[i] || i - j); // ties to the lower index
-    const chosen = order.slice(0, keep).sort((i, j) => i - j);
-    return { index: { shape: [keep], data: BigInt64Array.from(chosen, BigInt) } };
+    const n = scores.shape.at(-1), data = [];
+    for (let start = 0; start < scores.data.length; start += n) {
+      const row = scores.data.subarray(start, start + n), order = [...row.keys()];
+      // Ties go to the lower index; no difference, for that of two infinities is NaN.
+      order.sort((i, j) => (row[i] < row[j]) - (row[i] > row[j]) || i - j);
+      data.push(...order.slice(0, keep).sort((i, j) => i - j));
+    }
+    return { index: { shape: [...scores.shape.slice(0, -1), keep], data: BigInt64Array.from(data, BigInt) } };
   },
   unpack({ packed }) {
     const [rows, words] = packed.shape;
@@ -61,10 +122,13 @@ const operations = {
 const golden = path.join(__dirname, "..", "golden", "conformance");
 const tensor = read(path.join(golden, "vectors.safetensors"));
 const results = {};
-for (const it of JSON.parse(fs.readFileSync(path.join(golden, "manifest.json")))) {
+for (const it of JSON.parse(fs.readFileSync(path.join(golden, "manifest.json"))).cases) {
   if (!(it.operation in operations)) continue;
   const inputs = {};
-  for (const name in it.inputs) inputs[name] = tensor(it.inputs[name].tensor);
+  for (const name in it.inputs) {
+    const { tensor: stored, ...recipe } = it.inputs[name];
+    inputs[name] = stored ? tensor(stored) : made(recipe);
+  }
   const outputs = operations[it.operation](inputs, it.parameters);
   for (const name in it.outputs) results[it.outputs[name].tensor] = outputs[name];
 }

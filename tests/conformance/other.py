@@ -45,6 +45,7 @@ def attention_colsum(q, k, *, causal=False, scale=None, lse=None):
 
 def _attention(q, k, v, causal, scale):
     lse = _lse(q, k, causal, scale)
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # sees nothing: all its weights are 0
     heads = torch.arange(q.shape[1]) * k.shape[1] // q.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64)
     for start, scores in _blocks(q, k, causal, scale):
@@ -59,7 +60,7 @@ def decode_attention(q, k, v, *, length=None, scale=None):
 
 
 def gather_tokens(x, index):
-    rows = [x[b].index_select(-2, index[b]) for b in range(len(x))]
+    rows = [x[b].detach().index_select(-2, index[b]) for b in range(len(x))]
     return torch.stack(rows)
 
 
@@ -114,9 +115,10 @@ def dequantize(qweight, qzeros, scales):
 
 
 def quantize_groups(weight, group_size=128):
-    groups = weight.double().view(len(weight), -1, group_size)
+    group_size = weight.shape[1] if group_size == -1 else group_size
+    groups = weight.double().contiguous().view(len(weight), -1, group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / 15).clamp(min=1e-6).half().double()
+    scales = ((high - low).clamp(min=1e-5) / 15).half().double()
     zeros = (-low / scales).round().clamp(0, 15)
     codes = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15)
     return codes.flatten(1).to(torch.int8), scales.half(), zeros.to(torch.int8)
@@ -131,7 +133,7 @@ class RetrievalCache:
     """Everything in lists; in an answer, the rows that were not retrieved are left out of the
     attention, and nothing is packed."""
 
-    def __init__(self, layers, decode_sparsity=0.9, *, visual=None):
+    def __init__(self, layers, decode_sparsity=0.8, *, visual=None, capacity=0):
         self.sparsity = decode_sparsity
         self.visual = torch.empty(0, dtype=torch.int64) if visual is None else visual
         self.k, self.v = [[] for _ in range(layers)], [[] for _ in range(layers)]
@@ -145,17 +147,22 @@ class RetrievalCache:
         self.answering, self.reading, self.relevance = False, True, []
 
     def start_answer(self):
+        if len(self.relevance) != len(self.k):
+            raise ValueError("a question is read once in every layer")
         keep = keep_count(len(self.visual), self.sparsity)
         self.retrieved = [select_tokens(scores, keep) for scores in self.relevance]
         self.answering, self.reading = True, False
 
     def truncate(self, length):
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be in [0, {self.length}]")
+        self.visual = self.visual[self.visual < length]
         self.k, self.v = ([rows[:length] for rows in side] for side in (self.k, self.v))
         self.answering = self.reading = False
 
     def attend(self, layer, q, k, v):
-        self.k[layer] += k.unbind(2)
-        self.v[layer] += v.unbind(2)
+        self.k[layer] += k.clone().unbind(2)
+        self.v[layer] += v.clone().unbind(2)
         keys, values = torch.stack(self.k[layer], 2), torch.stack(self.v[layer], 2)
         if self.reading:
             received = attention_colsum(q, keys, causal=True).double().sum((0, 1))

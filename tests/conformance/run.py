@@ -2,6 +2,7 @@
 language would: `python -m tests.conformance.run FOLDER [--impl MODULE_OR_FILE]`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,102 +10,121 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .check import expectations
+from .check import expectations, given
+from .recipe import numbers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run_cache(
-    kind: type, inputs: dict[str, Tensor], decode_sparsity: float, stages: list[tuple[str, int]]
+    kind: type, inputs: dict[str, Tensor], layers: int, steps: list[list], **options: Any
 ) -> dict[str, Tensor]:
-    """A RetrievalCache taken through stages (name, rows); an answer is read row by row."""
-    layers = len(inputs["context_q"])
-    cache = kind(layers, decode_sparsity, visual=inputs["visual"])
-    results = {}
-    for stage, M in stages:
-        what, _, turn = stage.partition("_")
-        if what == "truncate":
-            cache.truncate(M)
-            continue
-        if what == "question":
+    """A RetrievalCache taken through the steps that README.md describes; outputs of step n are
+    named n_out and so on."""
+    if "visual" in inputs:
+        options["visual"] = inputs["visual"]
+    cache, results = kind(layers, **options), {}
+
+    def attend(number: int, rows: slice, layers: int) -> Tensor:
+        outs = []
+        for layer in range(layers):
+            q, k, v = (inputs[f"{number}_{name}"][layer][None, :, rows] for name in "qkv")
+            outs.append(cache.attend(layer, q.contiguous(), k.contiguous(), v.contiguous()))
+        return torch.cat(outs)
+
+    for number, (step, amount) in enumerate(steps):
+        if step == "truncate":
+            cache.truncate(amount)
+        elif step == "answer":
+            rows = [attend(number, slice(i, i + 1), layers) for i in range(amount)]
+            results[f"{number}_out"] = torch.cat(rows, 2)
+        elif step == "broken question":
+            length = cache.length
             cache.start_question()
-        steps = []
-        for rows in [slice(i, i + 1) for i in range(M)] if what == "answer" else [slice(0, M)]:
-            outs = []
-            for layer in range(layers):
-                q, k, v = (inputs[f"{stage}_{name}"][layer][None, :, rows] for name in "qkv")
-                outs.append(cache.attend(layer, q.contiguous(), k.contiguous(), v.contiguous()))
-            steps.append(torch.cat(outs))
-        results[f"{stage}_out"] = torch.cat(steps, 2)
-        if what == "question":
+            results[f"{number}_out"] = attend(number, slice(None), 1)
+            cache.truncate(length)
+        elif step == "question":
+            cache.start_question()
+            results[f"{number}_out"] = attend(number, slice(None), layers)
             cache.start_answer()
-            results[f"relevance_{turn}"] = torch.stack(list(cache.relevance))
-            results[f"retrieved_{turn}"] = torch.stack(list(cache.retrieved))
+            results[f"{number}_relevance"] = torch.stack(list(cache.relevance))
+            results[f"{number}_retrieved"] = torch.stack(list(cache.retrieved))
+        else:
+            results[f"{number}_out"] = attend(number, slice(None), layers)
     return results
 
 
-def session(
-    kind: type, pictures: list[str], questions: list[str], device: str = "cpu", **settings: float
-) -> dict[str, Tensor]:
-    """A conversation with the tiny model: `kind` is SparseVILA, or a class like it. Every turn is
-    forgotten before the next."""
+def run_session(kind: type, steps: list[list], **settings: Any) -> dict[str, Tensor]:
+    """A conversation with the tiny model: `kind` is SparseVILA, or a class like it. Outputs of step
+    n are named n_kept and so on."""
     from checkpoints import load
     from checkpoints.processor import open_picture
-    from sparsevila import SparseVILA
 
-    model, processor = load(ROOT / "tiny", device=device)
-    made = kind(model, processor, **settings)
-    images = [open_picture(ROOT / name) for name in pictures]
-    _, salience = SparseVILA(model, processor).encode(processor.pixels(images))
-    made.see(images)
-    results = {"salience": torch.stack(salience), "kept": torch.stack(list(made.kept))}
+    model, processor = load(ROOT / "tiny", device="cpu")
+    made, results = kind(model, processor, **settings), {}
     logits: list[Tensor] = []
     model.lm_head.register_forward_hook(lambda module, inputs, out: logits.append(out.clone()))
-    for turn, question in enumerate(questions):
-        logits.clear()
-        answer = made.ask(question)
-        generated = len(answer.token_ids) - 1  # the last token is never read
-        packed = [rows - generated for rows in made.cache.packed.filled]
-        results |= {
-            f"relevance_{turn}": torch.stack(made.cache.relevance),
-            f"retrieved_{turn}": torch.stack(answer.retrieved),
-            f"packed_rows_{turn}": torch.tensor(packed),
-            f"logits_{turn}": torch.stack(logits),
-            f"tokens_{turn}": torch.tensor(answer.token_ids),
-        }
-        made.forget()
+    for number, (step, *how) in enumerate(steps):
+        if step == "see":
+            made.see([open_picture(ROOT / name) for name in how])
+            results |= {f"{number}_kept.{view}": i for view, i in enumerate(made.kept)}
+        elif step == "forget":
+            made.forget()
+        else:
+            logits.clear()
+            answer = made.ask(how[0], max_new_tokens=how[1])
+            results |= {
+                f"{number}_relevance": torch.stack(list(made.cache.relevance)),
+                f"{number}_retrieved": torch.stack(list(answer.retrieved)),
+                f"{number}_logits": torch.stack(logits),
+                f"{number}_tokens": torch.tensor(answer.token_ids),
+            }
     return results
+
+
+def inputs_of(case: dict, vectors: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of a case; NAME.0, NAME.1 and so on are a list NAME."""
+    inputs: dict[str, Any] = {}
+    for name, place in case["inputs"].items():
+        x = vectors[place["tensor"]] if "tensor" in place else numbers(place)
+        name, _, view = name.partition(".")
+        if view:
+            inputs.setdefault(name, []).append(x)
+        else:
+            inputs[name] = x
+    return inputs
 
 
 def results_of(operations: dict[str, Any]) -> dict[str, Tensor]:
     """All outputs that the operations give, by their tensor's names."""
+    from .contracts import FUNCTIONS
+
     manifest, vectors = expectations()
     results = {}
     for case in manifest:
-        implementation = operations.get(case["operation"])
+        operation, parameters = case["operation"], case["parameters"]
+        implementation = operations.get(operation)
         if implementation is None:
             continue
-        inputs = {name: vectors[place["tensor"]] for name, place in case["inputs"].items()}
+        inputs = inputs_of(case, vectors)
         try:
-            made = call(case["operation"], implementation, inputs, case["parameters"])
+            if operation == "SparseVILA":
+                made = run_session(implementation, **parameters)
+            elif operation == "RetrievalCache":
+                made = run_cache(implementation, inputs, **parameters)
+            elif operation == "keep_count":
+                made = {"count": torch.tensor(implementation(**parameters))}
+            else:
+                function = FUNCTIONS[operation]
+                made = function.named(function.given(implementation, inputs | parameters))
+            for name, place in case["outputs"].items():
+                results[place["tensor"]] = torch.as_tensor(made[name]).contiguous().clone()
         except NotImplementedError:
             continue
-        if not isinstance(made, dict):
-            made = dict(zip(case["outputs"], made if isinstance(made, tuple) else (made,)))
-        for name, place in case["outputs"].items():
-            views = isinstance(made[name], (list, tuple))  # one tensor for each
-            result = torch.stack(list(made[name])) if views else torch.as_tensor(made[name])
-            results[place["tensor"]] = result.contiguous()
+        except Exception as error:  # the others may be right
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"{operation} ({given(case)}) raises {words}", file=sys.stderr)
     return results
-
-
-def call(operation: str, implementation: Any, inputs: dict[str, Tensor], parameters: dict) -> Any:
-    """The outputs of one case: one, a tuple in the manifest's order, or a dict."""
-    if operation == "SparseVILA":
-        return session(implementation, **parameters)
-    if operation == "RetrievalCache":
-        return run_cache(implementation, inputs, **parameters)
-    return implementation(**inputs, **parameters)
 
 
 def main() -> None:

@@ -4,363 +4,344 @@ the files."""
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checks, oracle
-from .check import FOLDER
-from .checks import Lab
-from .oracle import Attention, gamma
-from .run import session
+from . import cache, conversation, other
+from .check import FOLDER, VERSION
+from .contracts import FUNCTIONS, PROMISES
+from .laws import Expected, Function, Lab, plain
+from .recipe import Case, Maker, told
+from .run import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-EXACT = "counts, indices, codes and copies have no rounding"
-BOUND = "a bound from the number of terms and the unit roundoff: tests/conformance/README.md"
-ORACLE = "float64, tests/conformance/oracle.py"
+DTYPES = ("float32", "float16", "bfloat16")
+SMALL = 4096  # bytes; an input that is larger is written as a recipe, if it has one
+MOST = 7_500  # bytes that a random case stores
+CHANGES = {
+    1: "the first",
+    2: "large inputs are recipes; lists of views; steps of caches and sessions in place of stages; "
+    "more cases",
+}
 
 
 @dataclass
-class Case:
-    """One call. outputs: name -> (expected in its dtype, allowed error or None if exact)."""
+class FileCase:
+    """One call, or one conversation."""
 
     operation: str
+    about: str
     parameters: dict[str, Any]
     inputs: dict[str, Tensor]
-    outputs: dict[str, tuple[Tensor, Tensor | None]]
-    why: str = BOUND
-    origin: str = ORACLE
+    recipes: dict[str, dict | None]
+    outputs: dict[str, Expected]
+
+    def stored(self) -> int:
+        """Bytes in the file."""
+        inputs = [x for name, x in self.inputs.items() if not self.as_recipe(name)]
+        outputs = [x for e in self.outputs.values() for x in (e.value, e.allowed) if x is not None]
+        return sum(x.nbytes for x in inputs) + sum(4 * x.numel() for x in outputs)
+
+    def as_recipe(self, name: str) -> bool:
+        plain = self.inputs[name].dtype in (torch.float32, torch.int32)  # which any language has
+        return plain and self.recipes.get(name) is not None and self.inputs[name].nbytes > SMALL
 
 
-def exact(operation: str, parameters: dict, inputs: dict, **outputs: Tensor) -> Case:
-    return Case(operation, parameters, inputs, {n: (t, None) for n, t in outputs.items()}, EXACT)
+# --- functions ------------------------------------------------------------------------------------
 
 
-def rounded(expected: Tensor, allowed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Expected as a tensor of this dtype; the rounding to it is added to what is allowed."""
-    stored = expected.to(dtype)
-    off = (stored.double() - expected).abs().nan_to_num(0)
-    return stored, (allowed.expand_as(expected) + off).float()
+def function_case(function: Function, case: Case, about: str) -> FileCase:
+    maker = Maker(case)
+    arguments = plain(function.arguments(SimpleNamespace(**case), maker))
+    expected = function.expected(SimpleNamespace(**arguments), None)
+    inputs, parameters = {}, {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            inputs[name] = value
+        elif isinstance(value, list):
+            inputs |= {f"{name}.{i}": x for i, x in enumerate(value)}
+        else:
+            parameters[name] = value
+    return FileCase(function.operation, about, parameters, inputs, maker.recipes, expected)
 
 
-def attention_cases(lab: Lab) -> Iterator[Case]:
-    for q, k, causal, truth, _ in checks.attentions(lab):
-        if q.shape[2] * k.shape[2] < 10_000:  # small files
-            yield from lse_and_colsum(q, k, truth, causal=causal)
-    q, k = 5 * lab.normal(0, 1, 4, 9, 16), lab.normal(1, 1, 2, 7, 16)
-    for scale in (0.01, 2.0):
-        yield from lse_and_colsum(q, k, Attention(q, k, scale=scale), scale=scale)
-        truth = Attention(q, k, causal=True, scale=scale)
-        yield from lse_and_colsum(q, k, truth, causal=True, scale=scale)
-    yield from lse_and_colsum(q, k, Attention(q, k, causal=True), causal=True)  # M > N
-    truth = Attention(q, k)
-    expected, allowed = truth.colsum()
-    sums = rounded(expected, 2 * allowed, torch.float32)
-    given = {"q": q, "k": k, "lse": truth.lse.float()}
-    yield Case("attention_colsum", {}, given, {"colsum": sums})
-    for dtype in lab.dtypes:
-        q = lab.normal(0, 1, 6, 1, 48, dtype=dtype)
-        k, v = (lab.normal(i, 1, 2, 90, 48, dtype=dtype) for i in (1, 2))
-        truth = Attention(q, k[:, :, :77])
-        out = rounded(*truth.output(v[:, :, :77], dtype), dtype)
-        k[:, :, 77:], v[:, :, 77:] = 1000, 1000  # beyond the length
-        yield Case("decode_attention", {"length": 77}, {"q": q, "k": k, "v": v}, {"out": out})
-    truth = Attention(q, k[:, :, :77], scale=100.0)  # scores of up to 1000
-    out = rounded(*truth.output(v[:, :, :77], dtype), dtype)
-    parameters = {"length": 77, "scale": 100.0}
-    yield Case("decode_attention", parameters, {"q": q, "k": k, "v": v}, {"out": out})
-
-
-def lse_and_colsum(q: Tensor, k: Tensor, truth: Attention, **parameters: Any) -> Iterator[Case]:
-    lse = rounded(truth.lse, truth.lse_error, torch.float32)
-    yield Case("attention_lse", parameters, {"q": q, "k": k}, {"lse": lse})
-    colsum = rounded(*truth.colsum(), torch.float32)
-    yield Case("attention_colsum", parameters, {"q": q, "k": k}, {"colsum": colsum})
-
-
-def choosing_cases(lab: Lab) -> Iterator[Case]:
-    x, index = lab.normal(0, 2, 9, 5), torch.tensor([[0, 8, 2], [1, 1, 7]])
-    rows = torch.stack([x[b, index[b]] for b in range(2)])
-    yield exact("gather_tokens", {}, {"x": x, "index": index}, rows=rows)
-    x, index = torch.arange(40_000, dtype=torch.int32)[None, :, None], torch.tensor([[3, 39_999]])
-    rows = torch.tensor([[[3], [39_999]]], dtype=torch.int32)
-    yield exact("gather_tokens", {}, {"x": x, "index": index}, rows=rows)
-    counts = [(100, 0.29), (1000, 0.7), (576, 0.75), (10, 0.333), (10, 0.36), (7, 0.999), (1, 0.0)]
-    counts += [(1000, 0.699999), (49, 3 / 49)]
-    for n, sparsity in counts:
-        count = torch.tensor(oracle.keep_count(n, sparsity))
-        yield exact("keep_count", {"n": n, "sparsity": sparsity}, {}, count=count)
-    scores = torch.tensor([0.5, 0.25, 0.5, 0.5, -1.0, 0.75, 0.25])
-    for keep in (0, 2, 4, 7):
-        chosen = torch.tensor(oracle.select_tokens(scores.tolist(), keep), dtype=torch.int64)
-        yield exact("select_tokens", {"keep": keep}, {"scores": scores}, index=chosen)
-    scores = 1 + torch.randperm(99, generator=torch.Generator().manual_seed(0)) * 2.0**-23
-    chosen = torch.tensor(oracle.select_tokens(scores.tolist(), 30))
-    yield exact("select_tokens", {"keep": 30}, {"scores": scores}, index=chosen)
-    features, salience = lab.normal(0, 3, 20, 4), lab.normal(1, 3, 20).softmax(-1)
-    inputs = {"features": features, "salience": salience}
-    for sparsity in (0.0, 0.75):
-        keep = oracle.keep_count(20, sparsity)
-        index = torch.tensor([oracle.select_tokens(row, keep) for row in salience.tolist()])
-        kept = torch.stack([features[i, index[i]] for i in range(3)])
-        yield exact("prune", {"sparsity": sparsity}, inputs, features=kept, index=index)
-
-
-def weight_cases(lab: Lab) -> Iterator[Case]:
-    codes = checks.codes(lab, 0, 5, 48)
-    words = torch.tensor(oracle.pack(codes.tolist()), dtype=torch.int32)
-    yield exact("pack", {}, {"codes": codes}, packed=words)
-    yield exact("unpack", {}, {"packed": words}, codes=codes)
-    qweight, qzeros, scales = checks.packed_weights(lab, 5, 160, 24, 32)
-    packed = qweight, qzeros, (2.0 ** scales.float().log2().round()).half()  # nothing to round
-    x = lab.normal(3, 9, 160)
-    expected, size = checks.product(lab, x, packed)
-    y = rounded(expected, checks.product_error(160, x.dtype, rounded=False) * size, x.dtype)
-    inputs = {"x": x} | dict(zip(("qweight", "qzeros", "scales"), packed))
-    yield Case("w4a16_matmul", {}, inputs, {"y": y})
-    for K, N, group in checks.GROUPS:
-        packed = checks.packed_weights(lab, K, K, N, group)
-        inputs = dict(zip(("qweight", "qzeros", "scales"), packed))
-        yield exact("dequantize", {}, inputs, weight=oracle.dequantize(*packed).half())
-        for dtype in lab.dtypes:
-            x = lab.normal(K, 5, K, dtype=dtype)
-            bias = {"bias": 30 * lab.normal(K + 1, N, dtype=dtype)} if K == 160 else {}
-            expected, size = checks.product(lab, x, packed, **bias)
-            allowed = checks.product_error(K, dtype) * size
-            y = rounded(expected, allowed, dtype)
-            yield Case("w4a16_matmul", {}, {"x": x} | inputs | bias, {"y": y})
-
-
-def quantization_case(group: int, parameters: dict) -> Case:
-    """Weights up to 0.4 scales from a code, the ends of the range on one: no rounding is in doubt.
-    Rows of both signs, of positive weights and of negative ones."""
-    generator = torch.Generator().manual_seed(5)
-    scales = torch.randint(1, 9, (6, 2), generator=generator).double() / 64
-    zeros = torch.tensor([7, 4, 0, 0, 15, 15])[:, None].expand(6, 2)
-    codes = torch.randint(2, 14, (6, 2, group), generator=generator)
-    off = 0.8 * torch.rand(6, 2, group, generator=generator, dtype=torch.float64) - 0.4
-    codes[:, :, 0] = torch.where(zeros == 15, 1, 15)
-    codes[:2, :, 0], codes[:2, :, 1], codes[2:4, :, 0], codes[4:, :, 0] = 0, 15, 15, 0
-    off[:, :, 0], off[:2, :, 1] = 0, 0
-    weight = ((codes + off - zeros[..., None]) * scales[..., None]).flatten(1).float()
-    outputs = {"codes": codes.flatten(1).to(torch.int8)}
-    outputs |= {"scales": scales.half(), "zeros": zeros.contiguous().to(torch.int8)}
-    return exact("quantize_groups", parameters, {"weight": weight}, **outputs)
-
-
-def retrieval_case(lab: Lab, H: int, G: int, D: int) -> Case:
-    """A cache of two layers through two turns of a conversation, then without them a third."""
-    L, sparsity = 2, 0.6
-    visual = [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]  # rows 0, 5 and 12 are text
-    stages = [("context", 13), ("question_0", 3), ("answer_0", 2), ("question_1", 1)]
-    stages += [("answer_1", 1), ("truncate", 13), ("text", 1), ("question_2", 2), ("answer_2", 3)]
-    inputs, outputs = {"visual": torch.tensor(visual)}, {}
-    keys = values = torch.zeros(L, G, 0, D)
-    hidden: list[set[int]] = [set()] * L
-    for number, (stage, M) in enumerate(stages):
-        if stage == "truncate":
-            keys, values = keys[:, :, :M], values[:, :, :M]
+def function_cases(function: Function) -> Iterator[FileCase]:
+    """The cases that are written down, and of the random ones those that show something new: an
+    option of a field that no case before had in this dtype."""
+    for promise in PROMISES[function.operation]:
+        if promise.law not in ("values", "large"):
             continue
-        q, k = (2 * lab.normal(10 * number + i, L, n, M, D) for i, n in enumerate((H, G)))
-        v = lab.normal(10 * number + 2, L, G, M, D)
-        inputs |= {f"{stage}_q": q, f"{stage}_k": k, f"{stage}_v": v}
-        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        asked = stage.startswith("question")
-        hidden = hidden if stage.startswith("answer") else [set()] * L
-        rows, relevance, retrieved = [], [], []
-        for layer in range(L):
-            seen = [n for n in range(keys.shape[2]) if n not in hidden[layer]]
-            truth = Attention(q[layer, None], keys[layer, None, :, seen], causal=True)
-            rows.append(truth.output(values[layer, None, :, seen], torch.float32))
-            if asked:
-                received, allowed = (t.sum((0, 1))[visual] / (H * M) for t in truth.colsum())
-                relevance.append((received, allowed + gamma(H * M + 1) * received))
-                keep = oracle.keep_count(len(visual), sparsity)
-                retrieved.append(oracle.select_tokens(received.tolist(), keep))
-                hidden[layer] = set(visual) - {visual[i] for i in retrieved[layer]}
-        outputs[f"{stage}_out"] = stacked(torch.cat, rows)
-        if asked:
-            turn = stage.removeprefix("question_")
-            outputs[f"relevance_{turn}"] = stacked(torch.stack, relevance)
-            outputs[f"retrieved_{turn}"] = torch.tensor(retrieved), None
-    parameters = {"decode_sparsity": sparsity, "stages": stages}
-    return Case("RetrievalCache", parameters, inputs, outputs)
+        for dtype in DTYPES if promise.dtypes else DTYPES[:1]:
+            shown: set = set()
+            for number, case in enumerate(promise.cases(dtype, 1)):
+                written = number < len(promise.written)
+                options = {(name, case[name]) for name in promise.fields}
+                if case.get("x in memory") == "far":
+                    continue  # which files do not show
+                if written or promise.law == "values" and not options <= shown:
+                    about = f"{promise.law}: {told(case, promise.fields)}"
+                    made = function_case(function, case, about)
+                    most = MOST if not written else 4 * MOST if dtype != DTYPES[0] else 60 * MOST
+                    if made.stored() <= most:
+                        shown |= options
+                        yield made
 
 
-def stacked(join: Callable, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What is expected and what is allowed, of all layers."""
-    return rounded(*(join(parts) for parts in zip(*layers)), torch.float32)
+def count_cases() -> Iterator[FileCase]:
+    from .oracle import keep_count
+
+    promise = PROMISES["keep_count"][0]
+    for case in promise.cases("float32", 1):
+        n, sparsity = case["n"], case["sparsity"]
+        sparsity = (case["seed"] % n) / n if sparsity == "k / n" and n else sparsity
+        if isinstance(sparsity, (int, float)):
+            count = Expected(torch.tensor(keep_count(n, sparsity)))
+            parameters = {"n": n, "sparsity": sparsity}
+            yield FileCase("keep_count", promise.law, parameters, {}, {}, {"count": count})
 
 
-# --- a session of the tiny model ------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
-# No choice is close: the last that is kept and the first that is not lie at least ten times the
-# allowed error apart.
-CONVERSATIONS = (
+
+class Doubtful(Exception):
+    """A choice so close that rounding may decide it: no case for files."""
+
+
+def decided(scores: Expected, keep: int) -> None:
+    """Raise Doubtful if what is chosen and what is not lie too close together."""
+    if 0 < keep < len(scores.value):
+        ranked = scores.value.sort(descending=True).values
+        if ranked[keep - 1] - ranked[keep] <= 2 * scores.allowed.max():
+            raise Doubtful
+
+
+class WrittenCache(cache.Books):
+    """Collects what goes in and what must come out, of each step."""
+
+    def __init__(self, case: Case):
+        super().__init__(Lab({"RetrievalCache": other.RetrievalCache}), case)
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Expected] = {}
+        if self.visual:
+            self.inputs["visual"] = torch.tensor(self.visual)
+
+    def rows(self, *how: Any) -> tuple[Tensor, Tensor]:
+        view, buffer = super().rows(*how)
+        self.made.append(view.clone())
+        return view, buffer
+
+    def compare(self, name: str, layer: int, got: Tensor, expected: Expected) -> None:
+        self.found.setdefault(name, {}).setdefault(layer, []).append(expected)
+        if name == "relevance":
+            decided(expected, cache.oracle.keep_count(len(self.visual), self.sparsity))
+
+    def write(self, steps: tuple[cache.Step, ...]) -> list[tuple[str, int]]:
+        """The steps, truncations by their length."""
+        written = []
+        for step, amount in steps:
+            if step == "text" and self.hidden or step in ("truncate", "forget"):
+                self.step(*(("truncate", 1.0) if step == "text" else (step, amount)))
+                written.append(("truncate", self.length))
+            if step in ("truncate", "forget", "refused") or amount == 0:
+                continue
+            self.made, self.found, number = [], {}, len(written)
+            self.step(step, amount)
+            written.append((step, amount))
+            layers = 1 if step == "broken question" else self.case.layers
+            for i, name in enumerate("qkv"):
+                passes = [
+                    torch.cat(self.made[start + i : start + 3 * layers : 3])
+                    for start in range(0, len(self.made), 3 * layers)
+                ]
+                self.inputs[f"{number}_{name}"] = torch.cat(passes, 2)
+            outs = [[e for e in self.found["output"][layer]] for layer in range(layers)]
+            self.outputs[f"{number}_out"] = joined(
+                [joined(parts, lambda x: torch.cat(x, 2)) for parts in outs], torch.cat
+            )
+            for name in ("relevance", "retrieved"):
+                if name in self.found:
+                    parts = [self.found[name][layer][0] for layer in range(layers)]
+                    self.outputs[f"{number}_{name}"] = joined(parts, torch.stack)
+        return written
+
+
+def joined(parts: list[Expected], join: Any) -> Expected:
+    allowed = None if parts[0].allowed is None else join([e.allowed for e in parts])
+    return Expected(join([e.value for e in parts]), allowed, parts[0].dtype)
+
+
+def cache_cases() -> Iterator[FileCase]:
+    """In float32 every conversation that is written down, small random ones and a long one; some in
+    16 bits."""
+    for promise, dtype in product(cache.PROMISES[:2], DTYPES):
+        for number, case in enumerate(promise.cases(dtype, 1)):
+            if dtype != DTYPES[0] and (number > 3 or promise.law == "large"):
+                break
+            books = WrittenCache(case)
+            try:
+                steps = books.write((("text", case["context"]), *case["steps"]))
+            except Doubtful:
+                continue
+            parameters = {"layers": case["layers"], "steps": steps}
+            if case["sparsity"] is not None:
+                parameters["decode_sparsity"] = case["sparsity"]
+            fields = {name: x for name, x in promise.fields.items() if name != "steps"}
+            about = f"{promise.law}: {told(case, fields)}"
+            made = FileCase("RetrievalCache", about, parameters, books.inputs, {}, books.outputs)
+            if number < len(promise.written) or made.stored() < 4 * MOST:
+                yield made
+
+
+SAMPLES = ("tiny/samples/receipt.png", "tiny/samples/timetable.png")
+SESSIONS = (
     {
-        "pictures": ["tiny/samples/receipt.png"],
-        "questions": ["how much is the coffee?", "what is on line 5?"],
-        "prefill_sparsity": 0.75,
-        "decode_sparsity": 0.9,
+        "prefill_sparsity": 0.75, "decode_sparsity": 0.9,
+        "steps": [
+            ["see", SAMPLES[0]], ["ask", "how much is the coffee?", 8], ["forget"],
+            ["ask", "what is on line 5?", 16], ["ask", "how much is the bread?", 3],
+            ["ask", "what is the title?", 8], ["forget"], ["ask", "what costs 3.10?", 8],
+            ["ask", "what costs 3.10?", 8],
+        ],
     },
     {
-        "pictures": ["tiny/samples/timetable.png", "tiny/samples/receipt.png"],
-        "questions": ["what is on line 5?"],
-        "prefill_sparsity": 0.6,
-        "decode_sparsity": 0.7,
+        "prefill_sparsity": 0.7, "decode_sparsity": 0.85,
+        "steps": [
+            ["see", SAMPLES[1], SAMPLES[0]], ["ask", "what is on line 5?", 16],
+            ["see", SAMPLES[0]], ["ask", "what is on line 2?", 12],
+        ],
     },
-)
+)  # fmt: skip
 
 
-class Float64Session:
-    """The tiny model in float64 with attention from oracle.py: nothing of sparsevila.py and
-    kernels.py is used, and of model.py the layers only."""
+class WrittenSession(conversation.Session):
+    """Ours in float32, of which nothing is written but that it decides as float64 does."""
 
-    def __init__(self, pictures: list[str]):
-        from checkpoints import load
+    def __init__(self, settings: dict):
+        from sparsevila import SparseVILA
+
+        case = conversation.simplest(conversation.FIELDS) | {"model": "tiny", "dtype": "float32"}
+        case |= {name.split("_")[0]: settings[f"{name.split('_')[0]}_sparsity"]
+                 for name in ("prefill_sparsity", "decode_sparsity")}  # fmt: skip
+        super().__init__(Lab({"SparseVILA": SparseVILA}), case)
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Expected] = {}
+
+    def _best(self, kept: list[Tensor], salience: list[Tensor], low: list[Tensor]) -> None:
+        for view, (exact, rounded, index) in enumerate(zip(salience, low, kept)):
+            right = conversation.Pair.expected(exact, rounded, torch.float32)
+            decided(right, len(index))
+            best = conversation.oracle.select_tokens(exact.tolist(), len(index))
+            self.outputs[f"{self.number}_kept.{view}"] = Expected(torch.tensor(best))
+
+    def compare(self, name: str, number: int, got: Tensor, expected: Expected) -> None:
+        self.found.setdefault(name, []).append(expected)
+        if name == "relevance":
+            decided(expected, conversation.oracle.keep_count(len(expected.value), self.decode))
+        if name == "logits":
+            decided(expected, 1)
+
+    def write(self, steps: list[list]) -> None:
         from checkpoints.processor import open_picture
 
-        vlm, self.processor = load(ROOT / "tiny", device="cpu")
-        self.vlm = vlm.double()
-        self.pixels = self.processor.pixels([open_picture(ROOT / name) for name in pictures])
-        self.k = [None] * vlm.config.text.layers
-        self.v = [None] * vlm.config.text.layers
-        self.hidden: list[set[int]] = [set() for _ in self.k]
-        self.queries: list[Tensor] = [None] * len(self.k)
-
-    def salience(self) -> Tensor:
-        *blocks, last = self.vlm.vision_tower.layers
-        x = self.vlm.vision_tower.embed(self.pixels.double())
-        for block in blocks:
-            x = block(x)
-        self.features = x[:, 1:]
-        q, k = last.query_key(x)
-        return Attention(q, k).weights[:, :, 0, 1:].mean(1)  # of the class token
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        old = self.k[layer] is None
-        self.k[layer] = k if old else torch.cat([self.k[layer], k], 2)
-        self.v[layer] = v if old else torch.cat([self.v[layer], v], 2)
-        self.queries[layer] = q
-        seen = [n for n in range(self.k[layer].shape[2]) if n not in self.hidden[layer]]
-        truth = Attention(q, self.k[layer][:, :, seen], causal=True)
-        return truth.output(self.v[layer][:, :, seen], torch.float32)[0]
-
-    def read(self, embeddings: Tensor, start: int) -> Tensor:
-        positions = torch.arange(start, start + embeddings.shape[1])
-        hidden = self.vlm.decoder(embeddings, positions, self.attend)
-        return self.vlm.lm_head(hidden[0, -1])
-
-    @torch.no_grad()
-    def run(
-        self, questions: list[str], prefill_sparsity: float, decode_sparsity: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs and expected outputs, in float64."""
-        salience = self.salience()
-        keep = oracle.keep_count(salience.shape[1], prefill_sparsity)
-        kept = [oracle.select_tokens(row, keep) for row in salience.tolist()]
-        features = torch.cat([rows[chosen] for rows, chosen in zip(self.features, kept)])
-        visual = self.vlm.project(features[None])[0]
-        ids = self.processor.context([keep] * len(kept))
-        rows = [n for n, i in enumerate(ids) if i == self.processor.image_token_id]
-        inputs = {"pixels": self.pixels, "context_ids": torch.tensor(ids)}
-        outputs = {"salience": salience, "kept": torch.tensor(kept)}
-        self.read(self.vlm.embed(ids, visual), 0)
-        before = list(self.k), list(self.v)
-        for turn, question in enumerate(questions):
-            self.k, self.v = (list(side) for side in before)  # the turn before is evicted
-            self.hidden = [set() for _ in self.k]
-            asked = self.processor.question(question, first=True)
-            inputs[f"question_ids_{turn}"] = torch.tensor(asked)
-            position = len(ids) + len(asked)
-            logits = [self.read(self.vlm.embed(asked), len(ids))]
-            relevance, retrieved = [], []
-            for layer, q in enumerate(self.queries):
-                received = Attention(q, self.k[layer], causal=True).weights.sum((0, 1, 2))[rows]
-                relevance.append(received / (q.shape[1] * q.shape[2]))
-                keep = oracle.keep_count(len(rows), decode_sparsity)
-                chosen = oracle.select_tokens(relevance[-1].tolist(), keep)
-                retrieved.append(chosen)
-                self.hidden[layer] = set(rows) - {rows[i] for i in chosen}
-            tokens = [int(logits[-1].argmax())]
-            while tokens[-1] not in self.vlm.config.stop_ids:
-                logits.append(self.read(self.vlm.embed(tokens[-1:]), position + len(tokens) - 1))
-                tokens.append(int(logits[-1].argmax()))
-            outputs |= {
-                f"relevance_{turn}": torch.stack(relevance),
-                f"retrieved_{turn}": torch.tensor(retrieved),
-                f"packed_rows_{turn}": torch.tensor([position - len(rows) + keep] * len(self.k)),
-                f"logits_{turn}": torch.stack(logits),
-                f"tokens_{turn}": torch.tensor(tokens),
-            }
-        return inputs, outputs
+        for self.number, (step, *how) in enumerate(steps):
+            self.found = {}
+            if step == "see":
+                self.seen += 1
+                self.shown = self.given = [open_picture(ROOT / name) for name in how]
+                self.look()
+                for view, pixels in enumerate(self.processor.pixels(self.shown)):
+                    self.inputs[f"{self.number}_pixels.{view}"] = pixels
+                counts = [len(index) for index in self.made.kept]
+                ids = self.processor.context(counts, self.pair.exact.views)
+                self.inputs[f"{self.number}_context_ids"] = torch.tensor(ids)
+            elif step == "forget":
+                self.step("forget")
+            else:
+                start = self.pair.exact.length
+                self.ask(*how)
+                answer = self.answers[-1][1]
+                for name, parts in self.found.items():
+                    self.outputs[f"{self.number}_{name}"] = joined(parts, torch.stack)
+                self.outputs[f"{self.number}_tokens"] = Expected(torch.tensor(answer))
+                read = self.read_ids
+                assert start + len(read) + len(answer) - 1 == self.pair.exact.length
+                self.inputs[f"{self.number}_question_ids"] = torch.tensor(read)
 
 
-def session_case(conversation: dict) -> Case:
-    from sparsevila import SparseVILA
-
-    settings = dict(conversation)
-    inputs, truth = Float64Session(settings.pop("pictures")).run(**settings)
-    single = session(SparseVILA, **conversation)
-    outputs = {}
-    for name, expected in truth.items():
-        if expected.is_floating_point():
-            off = float((single[name].double() - expected).abs().max())
-            allowed = torch.full_like(expected, 16 * off)
-            outputs[name] = rounded(expected, allowed, torch.float32)
-        else:
-            outputs[name] = expected, None
-    why = "16 times the largest difference between a float32 run of this project and float64"
-    return Case("SparseVILA", conversation, inputs, outputs, why)
+def session_cases() -> Iterator[FileCase]:
+    for settings in SESSIONS:
+        session = WrittenSession(settings)
+        session.write(settings["steps"])
+        inputs, outputs = session.inputs, session.outputs
+        yield FileCase("SparseVILA", "a conversation", settings, inputs, {}, outputs)
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def all_cases() -> Iterator[Case]:
-    lab = Lab({})
-    yield from attention_cases(lab)
-    yield from choosing_cases(lab)
-    yield from weight_cases(lab)
-    yield quantization_case(32, {"group_size": 32})
-    yield quantization_case(128, {})  # the default
-    yield retrieval_case(lab, 4, 2, 16)
-    yield retrieval_case(lab, 3, 1, 40)
-    yield from map(session_case, CONVERSATIONS)
+def all_cases() -> Iterator[FileCase]:
+    for operation in PROMISES:
+        if operation in FUNCTIONS:
+            yield from function_cases(FUNCTIONS[operation])
+        elif operation == "keep_count":
+            yield from count_cases()
+    yield from cache_cases()
+    yield from session_cases()
+
+
+def stored(expected: Expected) -> tuple[Tensor, Tensor | None]:
+    """What is expected in its dtype; the rounding to it is added to what is allowed."""
+    value = expected.value.to(expected.dtype or expected.value.dtype)
+    if expected.allowed is None:
+        return value, None
+    off = (value.double() - expected.value.double()).abs().nan_to_num(0)
+    return value, (expected.allowed.expand_as(expected.value) + off).float()
 
 
 def write(folder: Path = FOLDER) -> None:
-    tensors, manifest, counts = {}, [], {}
+    tensors, cases, counts, known = {}, [], {}, {}
     for case in all_cases():
         number = counts[case.operation] = counts.get(case.operation, -1) + 1
         prefix = f"{case.operation}/{number}"
 
         def entry(name: str, tensor: Tensor, prefix: str = prefix) -> dict:
-            tensors[f"{prefix}/{name}"] = tensor.clone().contiguous()
+            tensor = tensor.clone().contiguous()
+            if name.startswith("in."):  # once in the file, however often it is given
+                raw = bytes(tensor.flatten().view(torch.uint8).tolist())
+                content = tensor.dtype, tensor.shape, raw
+                prefix, name = known.setdefault(content, (prefix, name))
+            tensors[f"{prefix}/{name}"] = tensor
             described = {"tensor": f"{prefix}/{name}", "shape": list(tensor.shape)}
             return described | {"dtype": str(tensor.dtype).removeprefix("torch.")}
 
-        inputs = {name: entry(f"in.{name}", tensor) for name, tensor in case.inputs.items()}
-        outputs = {}
-        for name, (expected, allowed) in case.outputs.items():
-            outputs[name] = entry(name, expected) | {"tolerance": "exact"}
+        inputs, outputs = {}, {}
+        for name, tensor in case.inputs.items():
+            recipe = case.recipes.get(name)
+            inputs[name] = recipe if case.as_recipe(name) else entry(f"in.{name}", tensor)
+        for name, expected in case.outputs.items():
+            value, allowed = stored(expected)
+            outputs[name] = entry(name, value) | {"tolerance": "exact"}
             if allowed is not None:
                 outputs[name]["tolerance"] = entry(f"{name}.allowed", allowed)["tensor"]
-        manifest.append(
+        cases.append(
             {
-                "operation": case.operation, "parameters": case.parameters, "inputs": inputs,
-                "outputs": outputs, "why": case.why, "origin": case.origin,
+                "operation": case.operation, "about": case.about, "parameters": case.parameters,
+                "inputs": inputs, "outputs": outputs,
             }
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(case) for case in cases)
+    head = json.dumps({"version": VERSION, "changes": CHANGES})[:-1]
+    (folder / "manifest.json").write_text(f'{head}, "cases": [\n{lines}\n]}}\n')
     save_file(tensors, folder / "vectors.safetensors")
-    print(f"{len(manifest)} cases, {sum(t.nbytes for t in tensors.values()):,} bytes in {folder}")
+    print(f"{len(cases)} cases, {sum(t.nbytes for t in tensors.values()):,} bytes in {folder}")
 
 
 if __name__ == "__main__":

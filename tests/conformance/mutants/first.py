@@ -1,5 +1,4 @@
-"""Wrong implementations of an operation, one mistake each: the suite must reject every one of them.
-`pytest tests/test_mutants.py` says which check caught which."""
+"""Wrong implementations that were written beside the checks, as changes of plain right ones."""
 
 import copy
 import math
