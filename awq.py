@@ -16,7 +16,7 @@ comes from a search that compares the layer's output before and after rounding.
 
 Axes: rows of activations; inputs and outputs of a Linear; g group size; T rows of a calibration
 turn, E decoder width. A Linear's weight is (outputs, inputs), as in PyTorch; the packed tensors are
-(inputs, outputs), as in the files. Results are new, contiguous tensors.
+(inputs, outputs), as in the files; any strides. Results are new, contiguous tensors.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def w4a16_matmul(
     On a GPU one row takes a GEMV kernel, up to DEQUANTIZE_ROWS rows a GEMM kernel; more rows, or
     float32, are dequantised once for the library's matmul. On a CPU few bfloat16 rows take
     PyTorch's int4 kernel, which rounds scales, weights and sums to bfloat16 one after the other:
-    errors of up to 2^-6 of a weight and 2^-13 scales on top. Everything else is dequantised, block
+    errors of up to 2^-7 of a weight and 2^-15 scales on top. Everything else is dequantised, block
     by block of columns, and multiplied while the processor's cache holds it.
     """
     inputs, outputs, group = _check_packed(qweight, qzeros, scales)

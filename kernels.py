@@ -18,7 +18,8 @@ reference (also where triton is missing), in which torch.autocast casts as every
 TRITON_INTERPRET=1 in the environment the kernels run on the CPU, one program after the other.
 
 The kernels use no atomics: every output element is written by one program, which adds in a fixed
-order, so that the same input gives the same bits every time. Results are new, contiguous tensors.
+order, so that the same input gives the same bits every time. Tensors may have any strides, results
+are new and contiguous.
 
 Axes: B batch, H query heads, G key/value heads (G divides H: query head h reads key head h // (H /
 G)), M query rows, N key columns, D head size, E hidden size, K chosen rows, P parts that the keys
@@ -476,7 +477,7 @@ def decode_attention(
             can replay the step while it grows.
         scale: factor on the scores; D**-0.5 if None.
 
-    Returns: (B, H, 1, D) of q's dtype.
+    Returns: (B, H, 1, D) of q's dtype; 0 where all scores are -inf.
     Raises: ValueError for shapes, dtypes or devices that do not fit, or length outside [1,
     capacity].
     Cost: reads 2 B G length D elements, once for all heads of a group; 4 B H length D FLOPs: bound

@@ -59,8 +59,8 @@ def prune(
         scope: "frame" (the paper's word for a view) ranks the tokens of each view separately, so
             that every view keeps some; "global" ranks all of them together.
 
-    Returns: of every view the kept features (K, width) and their index (K,) int64 within it, which
-    is on the CPU: a prompt is laid out by it.
+    Returns: of every view the kept features (K, width), new and contiguous, and their index (K,)
+    int64 within it, which is on the CPU: a prompt is laid out by it.
     Raises: ValueError for other shapes, scopes or sparsities, and for NaN in the salience.
     Source: Algorithm 2; the paper leaves the scope open, "frame" is our choice.
     """
@@ -205,7 +205,7 @@ class RetrievalCache(KVCache):
 
     def start_answer(self) -> None:
         """Select the most relevant visual rows of every layer and pack them with all text. Raises:
-        ValueError unless the question was read in one pass."""
+        ValueError unless the question was read in one pass; then nothing is changed."""
         V, N, layers = len(self.visual), self.length, len(self.k)
         keep = keep_count(V, self.decode_sparsity)
         if len(self.relevance) != layers:
@@ -228,6 +228,7 @@ class RetrievalCache(KVCache):
         return wanted.nonzero()[:, 0]
 
     def truncate(self, length: int) -> None:
+        """Forget the rows from `length` on; those that come in place of visual rows are text."""
         super().truncate(length)
         self.packed, self.scoring = None, False
         self.visual = self.visual[self.visual < length]

@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/conformance; pytest wants them here."""
     group = parser.getgroup("conformance")
     group.addoption("--impl", help="module or Python file to check in place of this project")
-    group.addoption("--quick", action="store_true", help="a tenth of the random cases")
+    group.addoption("--quick", action="store_true", help="a tenth of the cases, no large ones")
     group.addoption("--impl-device", default="cpu", metavar="DEVICE", help="default: cpu")
     group.addoption(
         "--impl-dtypes", default="float32,float16,bfloat16", metavar="NAMES", help="by commas"

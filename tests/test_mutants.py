@@ -24,13 +24,17 @@ NOT_IN_FILES = {  # though these laws see them
     # Refused calls, changed arguments, draws, stop tokens, other positions, no turn to forget.
     "truncate beyond the end does nothing", "refused truncate ends the answer",
     "int32 codes shifted in place", "generator of a seed goes on",
+    "result written over the query", "answer's rows add to the question's relevance",
     "stop_ids of an earlier question stay", "original: question follows the last kept",
     "forget without a turn fails",
     # What is told of an answer beside its tokens.
     "pieces lose their leading space", "on_text gets the text so far",
     "generated tokens in kv_bytes_per_token", "four bytes a number in every dtype",
-    # Cases that are too large for a file, or that rounding may decide.
-    "blocks of no rows", "one sort by view number plus salience",
+    "an answer's timings in seconds", "last piece of text not handed over",
+    "evicted only at the next question", "caller's picture shrunk in place",
+    # Two calls of one shape; cases that are too large for a file, or that rounding may decide.
+    "buffers of the first capture", "blocks of no rows", "zero divided in float16",
+    "one sort by view number plus salience",
 }  # fmt: skip
 ACCEPTED = [
     (name, operation, implementation)

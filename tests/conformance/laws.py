@@ -155,10 +155,8 @@ def near(got: Any, expected: Expected, what: str) -> None:
     else:
         assert not got.isnan().any() or value.isnan().any(), f"{what} has NaN"
         got, allowed = got.double(), expected.allowed.double()
-        off = ((got - value).abs() > allowed) & (
-            got != value
-        )  # of infinities there is no difference
-        off |= got.isinf() & (got != value)
+        # Of two infinities there is no difference.
+        off = (got != value) & (((got - value).abs() > allowed) | got.isinf())
     if off.any():
         at = int(off.flatten().int().argmax())
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), value.shape))
@@ -208,7 +206,8 @@ class Function:
 
     def promises(self) -> list[Promise]:
         memory = {f"{name} in memory": layouts for name, layouts in self.memory_of.items()}
-        wrong = [self.refused_on | {"wrong": words} for words in self.refused]
+        every = ("nothing", *self.refused)
+        wrong = [self.refused_on | {"wrong": words} for words in every]
         values = Promise(
             self.operation, "values", self.values, self.fields, self.fits,
             self.counts[0], self.written, self.dtypes,
@@ -230,15 +229,15 @@ class Function:
             listed.append(replace(values, law="gradients", check=self.gradients, count=0))
         errors = replace(
             values, law="errors", check=self.errors, count=0, written=wrong,
-            fields=self.fields | {"wrong": ("nothing", *self.refused)}, dtypes=False,
+            fields=self.fields | {"wrong": every}, dtypes=False,
         )  # fmt: skip
         return [*listed, errors]
 
     def call(self, lab: Lab, arguments: dict) -> dict[str, Tensor]:
         """The results by name. Those of several views are numbered."""
-        return self.named(self.given(lab.operations[self.operation], arguments))
+        return self.named(self.apply(lab.operations[self.operation], arguments))
 
-    def given(self, implementation: Callable, arguments: dict) -> Any:
+    def apply(self, implementation: Callable, arguments: dict) -> Any:
         """What it returns. The first arguments need not have the names that they have here."""
         first = list(arguments)[: self.positional]
         rest = {name: x for name, x in arguments.items() if name not in first}

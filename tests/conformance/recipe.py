@@ -61,8 +61,8 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {  # what becomes of numbers fro
     "negative": lambda z: -z.abs(),
     "heavy": lambda z: z * z * z,
     "levels": lambda z: z.floor(),  # many are equal
-    "equal": lambda z: z * 0 + 1,
-    "zero": lambda z: z * 0,
+    "equal": torch.ones_like,
+    "zero": torch.zeros_like,
     "rising": lambda z: z + 8 * _steps(z),
     "falling": lambda z: z - 8 * _steps(z),
     "sink": lambda z: z / 16 + 5 * (_steps(z) == 0),  # the first token

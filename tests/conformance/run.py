@@ -23,7 +23,8 @@ def run_cache(
     named n_out and so on."""
     if "visual" in inputs:
         options["visual"] = inputs["visual"]
-    cache, results = kind(layers, **options), {}
+    sparsity = [options.pop("decode_sparsity")] if "decode_sparsity" in options else []
+    cache, results = kind(layers, *sparsity, **options), {}
 
     def attend(number: int, rows: slice, layers: int) -> Tensor:
         outs = []
@@ -113,10 +114,11 @@ def results_of(operations: dict[str, Any]) -> dict[str, Tensor]:
             elif operation == "RetrievalCache":
                 made = run_cache(implementation, inputs, **parameters)
             elif operation == "keep_count":
-                made = {"count": torch.tensor(implementation(**parameters))}
+                count = implementation(parameters["n"], parameters["sparsity"])
+                made = {"count": torch.tensor(count)}
             else:
                 function = FUNCTIONS[operation]
-                made = function.named(function.given(implementation, inputs | parameters))
+                made = function.named(function.apply(implementation, inputs | parameters))
             for name, place in case["outputs"].items():
                 results[place["tensor"]] = torch.as_tensor(made[name]).contiguous().clone()
         except NotImplementedError:

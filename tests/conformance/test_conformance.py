@@ -15,17 +15,17 @@ def test_conformance(lab, faults, promise):
         pytest.skip(f"{promise.operation} not provided")
     if promise.law == "large" and lab.share < 1:
         pytest.skip("large cases are left out by --quick")
-    found, refused = [], []
+    found, absent = [], []
     dtypes = lab.dtypes if promise.dtypes else lab.dtypes[:1]
     for dtype in dtypes:
         try:
             hold(promise, lab, dtype)
         except NotImplementedError as error:
-            refused.append(f"{dtype}: {error}")
+            absent.append(f"{dtype}: {error}")
         except AssertionError as fault:
             found.append(fault)
     if found:
         faults[promise] = found
         raise found[0]
-    if len(refused) == len(dtypes):
-        pytest.skip(f"{promise.operation} not provided in part: {refused[0]}")
+    if len(absent) == len(dtypes):
+        pytest.skip(f"{promise.operation} not provided in part: {absent[0]}")
