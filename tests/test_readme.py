@@ -84,7 +84,6 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     "bash .ci/run": None,  # runs this test
     "bash verify_real.sh": None,  # needs a network; the command in it: tests/test_bench.py
-    "pytest tests/test_mutants.py": "tests/test_mutants.py",
     "pytest -k golden": "tests/test_golden.py",  # which would find this very test
     "jupyter nbconvert --to notebook --execute --inplace "
     "--ExecutePreprocessor.record_timing=False tutorial.ipynb": "tests/test_tutorial.py",
