@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conformance import vectors
 from conformance.check import bits, expectations, main
 from conformance.conftest import load_implementation
 from conformance.contracts import PROMISES
-from conformance.laws import Lab
+from conformance.laws import Lab, wrong
 from conformance.recipe import VALUES, bell, numbers, simplified
 from safetensors.torch import load_file, save_file
 
@@ -303,20 +304,18 @@ def test_the_documented_adapter(tmp_path):
     on_a_cpu = "from flash_colreduce import naive_colreduce as flash_colreduce  #"
     file = tmp_path / "adapter.py"
     file.write_text(adapter.replace("from flash_colreduce import flash_colreduce  #", on_a_cpu))
-    arguments = (
-        "pytest",
-        "-q",
-        "tests/conformance",
-        "--quick",
-        "--impl",
-        str(file),
-        "-k",
-        "values",
-    )
-    status, printed = run(*arguments)
-    assert status == 1 and "M 2, causal True, float32: colsum is 2 in place of 1" in printed, (
-        printed
-    )
+    suite = ("pytest", "-q", "tests/conformance", "--quick", "-k", "values")
+    status, printed = run(*suite, "--impl", str(file))
+    assert status == 1, printed
+    assert "M 2, causal True, float32: colsum is 2 in place of 1" in printed, printed
+    lab, faults = Lab(load_implementation(str(file))), []
+    for promise in PROMISES["attention_colsum"]:
+        for case in promise.cases("float32", 1) if promise.law in ("values", "memory") else ():
+            with suppress(NotImplementedError):
+                faults += [case] if wrong(promise, lab, case) else []
+    late = [case for case in faults if case["causal"] and case["M"] > case["N"]]
+    blind = [case for case in faults if case["scores"] == "blind"]
+    assert late and blind and all(case in late + blind for case in faults)
 
 
 WRONG = """

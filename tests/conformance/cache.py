@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .laws import Expected, Lab, Promise, bits, near, refused, same
+from .laws import Expected, Lab, Promise, bits, near, played, refused, same
 from .oracle import Attention, gamma
 from .recipe import Case, laid, numbers
 
@@ -189,13 +189,7 @@ class Books:
         same(self.cache.length, self.length, "length")
 
     def play(self, steps: tuple[Step, ...]) -> None:
-        for number, (step, amount) in enumerate(steps):
-            try:
-                self.step(step, amount)
-            except AssertionError as error:
-                before = " -> ".join(f"{name} {n:g}" for name, n in steps[:number])
-                after = f" (after {before})" if before else ""
-                raise AssertionError(f"{step} {amount:g}{after}: {error}") from None
+        played(steps, self.step)
         for got, was in self.kept:
             assert torch.equal(bits(got), was), "an output was changed by a later step"
         rows = visual_rows(self.case.context, self.case.visual)
@@ -243,7 +237,7 @@ def fits(c: SimpleNamespace) -> bool:
 
 ERRORS = (
     "nothing", "truncate beyond the rows", "truncate below 0", "an answer without a question",
-    "an answer to an unread question",    "a question in two passes",
+    "an answer to an unread question", "a question in two passes",
 )  # fmt: skip
 PROMISES = [
     Promise(

@@ -356,10 +356,14 @@ contract(
 )  # fmt: skip
 
 
-def counts_are_exact(lab: Lab, case: Case) -> None:
+def sparsity_of(case: Case) -> float | Fraction:
+    """ "k / n" is a random share of the n tokens."""
     n, sparsity = case["n"], case["sparsity"]
-    if sparsity == "k / n":
-        sparsity = (case["seed"] % n) / n if n else 0.0
+    return (case["seed"] % n / n if n else 0.0) if sparsity == "k / n" else sparsity
+
+
+def counts_are_exact(lab: Lab, case: Case) -> None:
+    n, sparsity = case["n"], sparsity_of(case)
     got = lab.operations["keep_count"](n, sparsity)
     assert type(got) is int, f"must be an int, got {type(got).__name__}"
     same(got, oracle.keep_count(n, sparsity), f"n {n}, sparsity {sparsity!r}: the count")

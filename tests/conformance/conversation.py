@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import oracle
-from .laws import Expected, Lab, Promise, bits, near, refused, same
+from .laws import Expected, Lab, Promise, bits, near, played, refused, same
 from .oracle import Attention
 from .recipe import Case, words
 
@@ -266,26 +266,39 @@ class Session:
                 )
 
     def ask(self, question: str, tokens: int, step: str = "ask", seed: int = 0) -> None:
-        cache = self.made.cache
+        """Every second question is asked with on_text."""
         options: dict[str, Any] = {"max_new_tokens": tokens}
-        stop = {*self.vlm.config.stop_ids, *self.processor.stop_ids}
-        closing = set(stop)
+        closing = {*self.vlm.config.stop_ids, *self.processor.stop_ids}
+        pieces: list[str] = []
         if step == "sample":
             options |= {"temperature": 1.0, "seed": seed}
         if step == "stop":
             options["stop_ids"] = [self.answers[-1][1][:2][-1]]
-            stop |= {*options["stop_ids"]}
-        pieces: list[str] = []
+        if len(self.answers) % 2 == 1:
+            options["on_text"] = pieces.append
         self.logits.clear()
         begin = time.perf_counter()
-        listens = len(self.answers) % 2 == 1
-        answer = self.made.ask(
-            question, **options, **({"on_text": pieces.append} if listens else {})
-        )
+        answer = self.made.ask(question, **options)
         in_milliseconds(answer.timings, begin)
-        got = [x for x in self.logits]
-        # What was generated.
+        self._generated(answer, tokens, closing.union(options.get("stop_ids", ())), step)
+        if "on_text" in options:
+            same("".join(pieces), answer.text, "the pieces of text together")
+        results = self._followed(answer, question)
+        # What stays of it.
         ids = answer.token_ids
+        same_before = (self.seen, *((t[2], t[3]) for t in self.turns), question, tokens, step)
+        known = self.before.setdefault(same_before, results)
+        for one, other in zip(known, results):
+            assert torch.equal(bits(one), bits(other)), "the same question has another answer now"
+        self.answers.append((answer, list(ids), [x.cpu().clone() for x in answer.retrieved]))
+        unread = [] if ids[-1] in closing else ids[-1:]
+        self.turns.append((self.start, unread, question, tokens))
+        if self.case.protocol == "evaluation":
+            self._evict()
+
+    def _generated(self, answer: Any, tokens: int, stop: set[int], step: str) -> None:
+        """Of the answer by itself: its tokens follow from the logits, and end where they must."""
+        ids, got = answer.token_ids, self.logits
         assert 1 <= len(ids) <= tokens, f"{len(ids)} tokens where {tokens} are the most"
         ends = [i in stop for i in ids]
         assert not any(ends[:-1]), f"{ids}: goes on after a stop token"
@@ -298,18 +311,17 @@ class Session:
                     logits[self.processor.image_token_id] = -torch.inf
                 same(token, int(logits.argmax()), "the most likely token")
         same(answer.text, self.processor.decode(ids), "the text")
-        if listens:
-            same("".join(pieces), answer.text, "the pieces of text together")
         same({*answer.timings}, {"question", "retrieve", "decode"}, "the names of timings")
-        # What it was generated from.
+
+    def _followed(self, answer: Any, question: str) -> list[Tensor]:
+        """What the answer was generated from, read by the pair as well; all that was computed."""
+        got, ids, cache = list(self.logits), answer.token_ids, self.made.cache
         exact, rounded, dtype = self.pair.exact, self.pair.rounded, self.dtype
-        start, unread = exact.length, self.turns[-1][1] if self.turns else []
-        asked = unread + self.processor.question(
-            question.strip(), first=not self.turns, views=exact.views
-        )
+        self.start, unread = exact.length, self.turns[-1][1] if self.turns else []
+        read = {"first": not self.turns, "views": exact.views}
+        asked = self.read_ids = unread + self.processor.question(question.strip(), **read)
         for model in (exact, rounded):
             model.hidden = [set() for _ in model.hidden]
-        self.read_ids = asked
         logits = [self.pair.both("read", asked)]
         keep = oracle.keep_count(len(exact.visual), self.decode)
         received = self.pair.both("relevance")
@@ -328,21 +340,13 @@ class Session:
             results += [relevance, chosen]
             k = exact.k[layer]
             row = 2 * k.shape[1] * k.shape[3] * dtype.itemsize
-            bytes_read += row * (start + len(asked) - len(gone))
+            bytes_read += row * (self.start + len(asked) - len(gone))
         same(answer.kv_bytes_per_token, bytes_read, "kv_bytes_per_token")
         same(self.made.stats["visual_tokens"]["attended"], [keep] * len(exact.k), "attended")
         logits += [self.pair.both("read", [token]) for token in ids[:-1]]
         for place, (mine, right) in enumerate(zip(got, logits)):
             self.compare("logits", place, mine, Pair.expected(*right, dtype))
-        # What stays of it.
-        same_before = (self.seen, *((t[2], t[3]) for t in self.turns), question, tokens, step)
-        known = self.before.setdefault(same_before, results)
-        for one, other in zip(known, results):
-            assert torch.equal(bits(one), bits(other)), "the same question has another answer now"
-        self.answers.append((answer, list(ids), [x.cpu().clone() for x in answer.retrieved]))
-        self.turns.append((start, [] if ids[-1] in closing else ids[-1:], question, tokens))
-        if self.case.protocol == "evaluation":
-            self._evict()
+        return results
 
     def _evict(self) -> None:
         if self.turns:
@@ -393,13 +397,7 @@ class Session:
         same(self.made.cache.length, self.pair.exact.length, "the length of the cache")
 
     def play(self, steps: tuple[Step, ...]) -> None:
-        for number, step in enumerate(steps):
-            try:
-                self.step(*step)
-            except AssertionError as error:
-                before = " -> ".join(" ".join(map(str, s)) for s in steps[:number])
-                after = f" (after {before})" if before else ""
-                raise AssertionError(f"{' '.join(map(str, step))}{after}: {error}") from None
+        played(steps, self.step)
         for answer, ids, retrieved in self.answers:
             same(answer.token_ids, ids, "the token ids of an earlier answer")
             for mine, was in zip(answer.retrieved, retrieved):

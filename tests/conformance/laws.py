@@ -172,6 +172,17 @@ def same(got: Any, expected: Any, what: str) -> None:
     assert got == expected, f"{what} must be {expected}, got {got}"
 
 
+def played(steps: Sequence[tuple], act: Callable) -> None:
+    """Act step by step; what is wrong is told with the steps that came before."""
+    for number, step in enumerate(steps):
+        try:
+            act(*step)
+        except AssertionError as error:
+            told, *before = (" ".join(map(str, s)) for s in (step, *steps[:number]))
+            after = f" (after {' -> '.join(before)})" if before else ""
+            raise AssertionError(f"{told}{after}: {error}") from None
+
+
 # --- functions ------------------------------------------------------------------------------------
 
 

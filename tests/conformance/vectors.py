@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import cache, conversation, oracle, other
 from .check import FOLDER, VERSION
-from .contracts import FUNCTIONS, PROMISES
+from .contracts import FUNCTIONS, PROMISES, sparsity_of
 from .laws import Expected, Function, Lab, plain
 from .recipe import Case, Maker, simplest, told
 from .run import ROOT
@@ -100,8 +100,7 @@ def function_cases(function: Function) -> Iterator[FileCase]:
 def count_cases() -> Iterator[FileCase]:
     promise = PROMISES["keep_count"][0]
     for case in promise.cases("float32", 1):
-        n, sparsity = case["n"], case["sparsity"]
-        sparsity = (case["seed"] % n) / n if sparsity == "k / n" and n else sparsity
+        n, sparsity = case["n"], sparsity_of(case)
         if isinstance(sparsity, (int, float)):
             count = Expected(torch.tensor(oracle.keep_count(n, sparsity)))
             parameters = {"n": n, "sparsity": sparsity}
@@ -161,16 +160,18 @@ class WrittenCache(cache.Books):
                     torch.cat(self.made[start + i : start + 3 * layers : 3])
                     for start in range(0, len(self.made), 3 * layers)
                 ]
-                self.inputs[f"{number}_{name}"] = torch.cat(passes, 2)
-            outs = [[e for e in self.found["output"][layer]] for layer in range(layers)]
-            self.outputs[f"{number}_out"] = joined(
-                [joined(parts, lambda x: torch.cat(x, 2)) for parts in outs], torch.cat
-            )
+                self.inputs[f"{number}_{name}"] = along_rows(passes)
+            outs = [joined(self.found["output"][layer], along_rows) for layer in range(layers)]
+            self.outputs[f"{number}_out"] = joined(outs, torch.cat)
             for name in ("relevance", "retrieved"):
                 if name in self.found:
                     parts = [self.found[name][layer][0] for layer in range(layers)]
                     self.outputs[f"{number}_{name}"] = joined(parts, torch.stack)
         return written
+
+
+def along_rows(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, 2)
 
 
 def joined(parts: list[Expected], join: Any) -> Expected:
@@ -229,8 +230,7 @@ class WrittenSession(conversation.Session):
         from sparsevila import SparseVILA
 
         case = simplest(conversation.FIELDS) | {"model": "tiny", "dtype": "float32"}
-        case |= {name.split("_")[0]: settings[f"{name.split('_')[0]}_sparsity"]
-                 for name in ("prefill_sparsity", "decode_sparsity")}  # fmt: skip
+        case |= {name: settings[f"{name}_sparsity"] for name in ("prefill", "decode")}
         super().__init__(Lab({"SparseVILA": SparseVILA}), case)
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Expected] = {}
