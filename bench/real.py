@@ -43,14 +43,20 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model, dtype=torch.float32
     )
     both = theirs, load_processor(arguments.model)
+
+    class Prompted(Adapter):
+        def chat(self, pictures: int) -> str:  # in our words
+            tokens = "\n".join([both[1].image_token] * pictures)
+            return processor.template.replace("{image}", tokens)
+
     options = {"protocol": "evaluation"}
     greedy = {"do_sample": False, "suppress_tokens": [processor.image_token_id]}  # as ours
     full = {"prefill_sparsity": 0, "decode_sparsity": 0}
     sessions = {
         "dense": Dense(model, processor, **options),
         "sparse": SparseVILA(model, processor, **SPARSITY, **options),
-        "transformers, dense": Adapter(*both, **full, **options, template=processor.template),
-        "transformers, sparse": Adapter(*both, **SPARSITY, **options, template=processor.template),
+        "transformers, dense": Prompted(*both, **full, **options),
+        "transformers, sparse": Prompted(*both, **SPARSITY, **options),
     }
 
     # 2. Every picture is shown once to each of them.

@@ -9,11 +9,9 @@ decoded from those (Algorithm 3). For transformers 5.24; pictures, batch 1. See 
 """
 
 import argparse
-import importlib.util
 import math
 import re
-import sys
-from collections.abc import Sequence
+import runpy
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -23,19 +21,16 @@ import torch
 import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation.utils import _slice_mm_encoder_output
 from transformers.image_utils import load_image
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.vision_utils import get_vision_window_index
 
-HERE = Path(__file__).resolve().parent
-FILES = [file for file in (HERE / "kernels.py", HERE.parent / "kernels.py") if file.is_file()]
-if FILES:  # in Triton, on a GPU. By its path, for PyPI has another "kernels"
-    spec = importlib.util.spec_from_file_location("sparsevila_kernels", FILES[0])
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[spec.name])
-    attention_colsum = sys.modules[spec.name].attention_colsum
+beside = [folder / "kernels.py" for folder in Path(__file__).resolve().parents[:2]]
+if files := [file for file in beside if file.is_file()]:  # by its path: PyPI has another "kernels"
+    attention_colsum = runpy.run_path(str(files[0]), run_name="kernels")["attention_colsum"]
 else:  # its definition, head by head
 
     def attention_colsum(q: Tensor, k: Tensor, *, causal: bool = False, scale=None) -> Tensor:
@@ -48,10 +43,9 @@ else:  # its definition, head by head
 
 
 class RetrievalLayer(DynamicLayer):
-    """Keys and values of a decoder layer, and `packed`: those that an answer is decoded from.
+    """All rows of a decoder layer, and `packed`: those that an answer is decoded from.
 
-    visual: the rows (V,) of visual tokens. window: a sliding one, such layers retrieve nothing.
-    ranks: over how many processes the heads are split.
+    visual: where the visual rows are, (V,). window: of a layer that has one; it retrieves nothing.
     """
 
     is_croppable = False  # for assisted decoding, which knows nothing of `packed`
@@ -59,10 +53,11 @@ class RetrievalLayer(DynamicLayer):
     def __init__(self, visual: Tensor, sparsity: float, window: bool, ranks: int):
         super().__init__()
         self.visual, self.sparsity, self.is_sliding, self.ranks = visual, sparsity, window, ranks
-        self.asked, self.packed, self.retrieved = False, None, None
+        self.length, self.asked, self.packed, self.retrieved = 0, False, None, None
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs):
         """Append rows. What is returned becomes `key` and `value` of the attention function."""
+        self.length += key.shape[2]
         if self.packed:  # an answer is being decoded
             self.packed = [torch.cat(pair, 2) for pair in zip(self.packed, (key, value))]
             return self.packed
@@ -75,34 +70,28 @@ class RetrievalLayer(DynamicLayer):
     def retrieve(self, query: Tensor, scale: float) -> None:
         """Once a question is cached, whose rows are query (1, H, M, D): score, select, pack."""
         relevance = attention_colsum(query, self.keys, causal=True, scale=scale)[0].sum(0)
-        if self.ranks > 1:  # a sum over all heads
+        if self.ranks > 1:  # of tensor parallelism, which splits the heads
             torch.distributed.all_reduce(relevance)
         visual, wanted = self.visual.to(relevance.device), torch.ones_like(relevance).bool()
         self.retrieved = select(relevance[visual], self.sparsity)
         wanted[visual] = False
         wanted[visual[self.retrieved]] = True
         self.packed = [x[:, :, wanted] for x in (self.keys, self.values)]
-        self.answer_begins = self.packed[0].shape[2]
 
     def get_seq_length(self) -> int:
         """Rows so far, for positions."""
-        answer = self.packed[0].shape[2] - self.answer_begins if self.packed else 0
-        return super().get_seq_length() + answer
+        return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that `update` will return, for the mask."""
-        if self.packed:
-            return self.packed[0].shape[2] + query_length, 0
-        return super().get_mask_sizes(query_length)
+        return (self.packed[0].shape[2] if self.packed else self.length) + query_length, 0
 
-    def truncate(self, length: int, asked: bool = False) -> None:
+    def truncate(self, length: int, asked: bool) -> None:
         """Keep the first rows, and read all of them from now on. asked: a question comes next."""
-        packed, self.packed, self.asked = self.packed, None, asked and not self.is_sliding
-        if not self.is_initialized:
-            return
-        if packed and length > self.keys.shape[2]:  # the answer moves to the other rows
-            super().update(*(x[:, :, self.answer_begins :] for x in packed))
+        if self.packed and length > self.keys.shape[2]:  # the answer moves to the other rows
+            super().update(*(x[:, :, self.keys.shape[2] - self.length :] for x in self.packed))
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.length, self.packed, self.asked = length, None, asked and not self.is_sliding
 
 
 def attention(module, query, key, *args, scaling=None, **kwargs):
@@ -123,20 +112,19 @@ hf.AttentionMaskInterface.register("sparsevila", sdpa_mask)  # without it there 
 def select(scores: Tensor, sparsity: float) -> Tensor:
     """Ascending indices of the best n - floor(sparsity n) of n finite scores, ties to the lower
     one, and of all infinite ones."""
-    dropped = Fraction(str(sparsity)) * int(scores.isfinite().sum())  # exact: 0.57 * 100 is 57
-    keep = len(scores) - int(dropped)
-    return scores.sort(descending=True, stable=True).indices[:keep].sort().values
+    dropped = int(Fraction(str(sparsity)) * int(scores.isfinite().sum()))  # exact: 0.57 * 100 is 57
+    return scores.sort(descending=True, stable=True).indices[: len(scores) - dropped].sort().values
 
 
 def contiguous(positions: Tensor, visual: Tensor) -> Tensor:
-    """Positions (axes, T) without gaps: runs of text and of visual tokens follow each other, and
-    within a run every axis keeps its order. visual (T,) bool: which tokens are."""
+    """Positions (..., T) without gaps: runs of text and of visual tokens, visual (T,) bool, follow
+    each other, and within a run every axis keeps its order."""
     pieces, begin = [], 0
-    lengths = torch.unique_consecutive(visual, return_counts=True)[1].tolist()
-    for run in positions.split(lengths, 1):
-        pieces.append(begin + torch.stack([row.unique(return_inverse=True)[1] for row in run]))
+    for run in positions.split(visual.unique_consecutive(return_counts=True)[1].tolist(), -1):
+        axes = [axis.unique(return_inverse=True)[1] for axis in run.flatten(0, -2)]
+        pieces.append(begin + torch.stack(axes).view_as(run))
         begin = int(pieces[-1].max()) + 1
-    return torch.cat(pieces, 1)
+    return torch.cat(pieces, -1)
 
 
 class Answer(NamedTuple):
@@ -150,113 +138,91 @@ class SparseVILA:
 
     prefill_sparsity: share of the visual tokens to prune. decode_sparsity: share of the kept ones
     that decoding leaves out. positions of the kept: "contiguous" or "original". protocol:
-    "conversation" keeps earlier turns, "evaluation" evicts each. template: text with {image},
-    {question}, {answer} and {question} in place of the processor's chat template.
+    "conversation" keeps earlier turns, "evaluation" evicts each.
     """
 
     def __init__(self, model, processor, *, prefill_sparsity: float = 0.75,
                  decode_sparsity: float = 0.8, positions: str = "contiguous",
-                 protocol: str = "conversation", template: str | None = None):  # fmt: skip
+                 protocol: str = "conversation"):  # fmt: skip
         # 1. Refuse settings out of range, and decoders that cannot retrieve.
         words = positions in ("contiguous", "original"), protocol in ("conversation", "evaluation")
         if not (all(words) and 0 <= prefill_sparsity < 1 and 0 <= decode_sparsity < 1):
             found = f"{prefill_sparsity}, {decode_sparsity}, {positions!r}, {protocol!r}"
             raise ValueError(
-                "prefill_sparsity and decode_sparsity must be in [0, 1), positions 'contiguous' or "
-                f"'original', protocol 'conversation' or 'evaluation', got {found}"
+                "sparsities must be in [0, 1), positions 'contiguous' or 'original', protocol "
+                f"'conversation' or 'evaluation', got {found}"
             )
-        config = model.config.get_text_config()
-        kinds = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
+        layers = DynamicCache(config=model.config.get_text_config()).layers
+        kinds = [type(layer).__name__ for layer in layers]
         if "DynamicLayer" not in kinds or {*kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
             raise ValueError(
                 "every decoder layer must cache keys and values of its own, at least one without a "
                 f"window, got {', '.join(sorted({*kinds}))}"
             )
-        self.model, self.processor, self.template = model, processor, template
+        self.model, self.processor, self.cache = model, processor, None
         self.prefill_sparsity, self.decode_sparsity = prefill_sparsity, decode_sparsity
-        self.positions, self.protocol, self.cache, self.turns = positions, protocol, None, []
+        self.positions, self.protocol = positions, protocol
         self.windows = [kind != "DynamicLayer" for kind in kinds]
 
         # 2. Overhear the model, and find the last attention of its tower.
         model.set_attn_implementation("sparsevila")
-        names = "vision_tower", "vision_model", "visual"
-        tower = next((x for name, x in model.model.named_children() if name in names), None)
-        if tower is None:
-            raise ValueError(f"the model must have a tower called one of {names}")
-        self.tower_attention = [m for m in tower.modules() if hasattr(m, "is_causal")][-1]
-        weights = " ".join(name for name, _ in tower.named_parameters())
-        class_token = "class_embedding" in weights or "cls_token" in weights
-        self.tower_attention.class_tokens = int(class_token)
+        self.tower = [m for m in model.modules() if getattr(m, "is_causal", None) is False][-1]
+        names = " ".join(name for name, _ in model.named_parameters())
+        self.tower.class_tokens = int("class_embedding" in names or "cls_token" in names)
 
     @torch.inference_mode()
     def see(self, images) -> None:
         """Encode, prune and prefill a picture (Pillow image, file, address) or a list of them;
         forget everything before."""
         # 1. The prompt as the model's own processor writes it; the context ends with the pictures.
-        model, images = self.model.model, images if isinstance(images, list) else [images]
-        images = [load_image(image) for image in images]
-        prompt = self._prompt(len(images))
+        images = [load_image(x) for x in (images if isinstance(images, list) else [images])]
+        prompt = re.split(r"\{question\}|\{answer\}", self.chat(len(images)))
         inputs = self._inputs(prompt, images).to(self.model.device, self.model.dtype)
         ids = inputs["input_ids"][0]
         visual = ids == self.model.config.image_token_id
-        slots = visual.nonzero()[:, 0]  # where the visual tokens are
-        context_end = int(slots[-1]) + 1
+        context_end = int(visual.nonzero().max()) + 1
 
-        # 2. Encode; what the tower's last layer receives is the salience.
-        pictures = {name: x for name, x in inputs.items() if name.startswith(("pixel", "image"))}
-        self.tower_attention.received = []
+        # 2. Encode, and prune every view by its salience: what the tower's last layer receives.
+        self.tower.received = []
         try:
-            encoded = model.get_image_features(**pictures, return_dict=True)
+            pictures = {k: x for k, x in inputs.items() if k.startswith(("pixel", "image"))}
+            encoded = self.model.model.get_image_features(**pictures, return_dict=True)
         finally:
-            received = vars(self.tower_attention).pop("received")
-        received = torch.cat(received, -1).to(ids.device)
-        salience = self._salience(received, inputs, len(slots))
-        scores = torch.cat([*salience])
-        if len(scores) != len(slots):
-            raise ValueError(
-                f"{len(slots)} visual tokens must have one salience each, got {len(scores)}"
-            )
-
-        # 3. Prune every view.
+            received = vars(self.tower).pop("received")
+        salience = self._salience(torch.cat(received, -1).to(ids.device), inputs, int(visual.sum()))
+        sizes, slots = [len(view) for view in salience], visual.nonzero()[:, 0]
+        if sum(sizes) != len(slots):
+            raise ValueError(f"{len(slots)} visual tokens must have a salience each, got {sizes}")
         kept = [select(view, self.prefill_sparsity) for view in salience]
-        first = accumulate(map(len, salience), initial=0)
+        first = accumulate(sizes, initial=0)
         index = torch.cat([start + chosen for start, chosen in zip(first, kept)])
         stays = ~visual
         stays[slots[index]], stays[context_end:] = True, False
+        encoded = _slice_mm_encoder_output(encoded, index.cpu())
 
-        def rows(features):
-            flat = torch.cat([part.flatten(0, -2) for part in features])
-            chosen = flat[index.to(flat.device)]
-            return chosen[None] if isinstance(features, Tensor) else [chosen]
-
-        pruned = {"pooler_output": rows(encoded.pooler_output)}
-        if deep := encoded.get("deepstack_features"):
-            pruned["deepstack_features"] = [rows(level) for level in deep]
-
-        # 4. Positions (axes, T): three axes for M-RoPE.
+        # 3. Positions (1, T) or, for M-RoPE, (3, 1, T).
         positions = torch.arange(len(ids), device=ids.device)[None]
-        if hasattr(model, "get_rope_index"):
-            positions = model.get_rope_index(**inputs)[0][:, 0]
-        next_position = int(positions[:, :context_end].max()) + 1
-        positions = positions[:, stays]
+        if hasattr(self.model.model, "get_rope_index"):
+            positions = self.model.model.get_rope_index(**inputs)[0]
+        next_position = int(positions[..., :context_end].max()) + 1
+        positions = positions[..., stays]
         if self.positions == "contiguous":
             positions = contiguous(positions, visual[stays])
             next_position = int(positions.max()) + 1
 
-        # 5. Prefill once. Separators, whose salience is infinite, are text to the cache.
-        ids, left = ids[stays], visual[stays].nonzero()[:, 0]
-        left = left[scores[index].isfinite()]
-        ranks = getattr(self.model, "tp_size", None) or 1
+        # 4. Prefill once. Separators, whose salience is infinite, are text to the cache.
+        finite = torch.cat([*salience])[index].isfinite()
+        left, ranks = visual[stays].nonzero()[finite, 0], getattr(self.model, "tp_size", None) or 1
         cache = Cache(layers=[
             RetrievalLayer(left, self.decode_sparsity, window, ranks) for window in self.windows
         ])  # fmt: skip
         types = {k: x[:, stays] for k, x in inputs.items() if k == "token_type_ids"}  # Gemma 3
-        model(
-            input_ids=ids[None], position_ids=_batched(positions), cache=cache, use_cache=True,
-            mm_encoder_outputs={"image": type(encoded)(**pruned)}, **types,
+        self.model.model(
+            input_ids=ids[None, stays], position_ids=positions, cache=cache, use_cache=True,
+            mm_encoder_outputs={"image": encoded}, **types,
         )  # fmt: skip
         self.images, self.prompt, self.kept, self.cache = images, prompt, kept, cache
-        self.context_end, self.ids, self.turns = context_end, ids.tolist(), []
+        self.context_end, self.ids, self.turns = context_end, ids[stays].tolist(), []
         self.context_positions, self.next_position = positions, next_position
 
     def ask(self, question: str, **generation) -> Answer:
@@ -277,10 +243,9 @@ class SparseVILA:
             inputs = self._inputs(self.prompt, self.images, question)
             new = inputs["input_ids"][0, self.context_end :].tolist()
         ids = torch.tensor([self.ids + new], device=self.model.device)
-        axes, T = self.context_positions.shape
-        after = torch.arange(ids.shape[1] - T, device=self.context_positions.device)
-        after = (after + self.next_position).expand(axes, -1)
-        positions = _batched(torch.cat([self.context_positions, after], 1))
+        context = self.context_positions
+        after = torch.arange(ids.shape[1] - context.shape[-1]).to(context) + self.next_position
+        positions = torch.cat([context, after.expand(*context.shape[:-1], -1)], -1)
 
         # 2. Question, retrieval and answer; of ids and positions `generate` reads what is not in
         #    the cache. (A question in chunks would be scored by its first one.)
@@ -288,8 +253,8 @@ class SparseVILA:
         self._truncate(start, asked=True)
         try:
             out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), position_ids=positions, cache=self.cache,
-                use_cache=True, return_dict_in_generate=False, prefill_chunk_size=None,
+                ids, attention_mask=torch.ones_like(ids), cache=self.cache, use_cache=True,
+                position_ids=positions, return_dict_in_generate=False, prefill_chunk_size=None,
                 **generation,
             )[0].tolist()  # fmt: skip
         except BaseException:
@@ -318,28 +283,19 @@ class SparseVILA:
         for layer in self.cache.layers:
             layer.truncate(length, asked)
 
-    def _prompt(self, pictures: int) -> list[str]:
-        """The text before a first question, behind one that was answered, behind an answer, and
-        behind a question that waits for one."""
-        if self.template:
-            tokens = "\n".join([self.processor.image_token] * pictures)
-            text = self.template.replace("{image}", tokens)
-        else:
-            turns = ("user", "{question}"), ("assistant", "{answer}"), ("user", "{question}")
-            chat = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
-            chat[0]["content"] = [{"type": "image"}] * pictures + chat[0]["content"]
-            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        parts = re.split(r"\{question\}|\{answer\}", text)
-        if len(parts) != 4:
-            raise ValueError(f"two questions and an answer must stand in a template, got {text!r}")
-        return parts
+    def chat(self, pictures: int) -> str:
+        """A conversation with places for two questions and an answer, by the chat template."""
+        turns = ("user", "{question}"), ("assistant", "{answer}"), ("user", "{question}")
+        chat = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
+        chat[0]["content"] = [{"type": "image"}] * pictures + chat[0]["content"]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True)
 
     def _inputs(self, prompt: list[str], images: list, question: str = ""):
         text, begin = prompt[0] + question + prompt[-1], self.processor.tokenizer.bos_token
         add = not (begin and text.startswith(begin))  # the template may write it
         return self.processor(text=text, images=images, return_tensors="pt", add_special_tokens=add)
 
-    def _salience(self, received: Tensor, inputs, tokens: int) -> Sequence[Tensor]:
+    def _salience(self, received: Tensor, inputs, tokens: int):
         """What patches (views, n) received -> salience of the visual tokens, (n,) for each view. A
         merged token has the mean of its patches."""
         model = self.model.model
@@ -348,49 +304,31 @@ class SparseVILA:
             merge = tower.spatial_merge_size
             blocks = received.view(-1, merge**2).mean(1)
             if hasattr(tower, "window_size"):
-                edges = {"window_size": tower.window_size, "patch_size": tower.patch_size}
-                order, _ = get_vision_window_index(grid, spatial_merge_size=merge, **edges)
+                order, _ = get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
                 blocks = blocks[order.argsort()]
             return blocks.split((grid.prod(1) // merge**2).tolist())
         if hasattr(model, "image_newline"):  # LLaVA-NeXT: a picture's tiles side by side, unpadded
-            tiles = inputs["pixel_values"].flatten(2).any(-1).sum(-1)  # the others are empty
-            packed, _ = model.pack_image_features(
-                received[..., None].split(tiles.tolist()), inputs["image_sizes"],
-                vision_feature_select_strategy="default",
-                image_newline=received.new_full((1,), math.inf),  # stands for a separator
-            )  # fmt: skip
-            return [view[:, 0] for view in packed]
-        views, patches = received.shape  # a token is a square of patches
-        side, block = math.isqrt(patches), math.isqrt(patches * views // tokens)
-        if side**2 != patches or block**2 * tokens != views * patches:
-            raise ValueError(
-                f"{tokens} visual tokens must be squares of {views} x {patches} patches"
-            )
-        squares = received.view(views, 1, side, side)
-        return torch.nn.functional.avg_pool2d(squares, block).flatten(1)
-
-
-def _batched(positions: Tensor) -> Tensor:
-    """(1, T) or, for M-RoPE, (3, 1, T)."""
-    return positions if len(positions) == 1 else positions[:, None]
+            tiles = inputs["pixel_values"].flatten(2).any(-1).sum(-1).tolist()  # others are empty
+            separator = received.new_full((1,), math.inf)
+            views = received[..., None].split(tiles), inputs["image_sizes"], "default", separator
+            views, whole = model.pack_image_features(*views)[0], received.shape[1]
+            return [part for view in views for part in view[:, 0].split([whole, len(view) - whole])]
+        side, merged = math.isqrt(received.shape[1]), math.isqrt(received.numel() // tokens)
+        squares = received.view(-1, 1, side, side)  # a token is a square of patches
+        return torch.nn.functional.avg_pool2d(squares, merged).flatten(1)
 
 
 def without_videos(kind: type) -> type:
     """A processor class without its part for videos, which needs torchvision."""
-
-    class Pictures(kind):  # transformers reads from this signature which parts there are
-        def __init__(self, image_processor, tokenizer, chat_template=None, **more):
-            super().__init__(image_processor, tokenizer, chat_template=chat_template, **more)
-
-    Pictures.__name__ = kind.__name__
-    return Pictures
+    parts = {"get_attributes": classmethod(lambda kind: ["image_processor", "tokenizer"])}
+    return type(kind.__name__, (kind,), parts)
 
 
 def load_processor(name: str):
-    """AutoProcessor's, or where torchvision is missing, the same for pictures alone."""
+    """AutoProcessor's; where torchvision is missing, that of pictures alone."""
     try:
         return hf.AutoProcessor.from_pretrained(name)
-    except ImportError:
+    except (ImportError, ValueError):
         kind = PROCESSOR_MAPPING[type(hf.AutoConfig.from_pretrained(name))]
         return without_videos(kind).from_pretrained(name)
 
@@ -402,30 +340,19 @@ def main() -> None:
     parser.add_argument("--image", nargs="+", required=True, help="files or addresses")
     parser.add_argument("--ask", nargs="+", required=True, help="questions")
     parser.add_argument("--device-map", help="how to spread over devices: auto, ...")
-    parser.add_argument("--prefill-sparsity", type=float, default=0.75, help="default: 0.75")
-    parser.add_argument("--decode-sparsity", type=float, default=0.8, help="default: 0.8")
     given = parser.parse_args()
-    for file in given.image:
-        if "://" not in file and not Path(file).is_file():
-            parser.error(f"no picture {file}")
     try:
-        answer(given)
+        load = hf.AutoModelForImageTextToText.from_pretrained
+        session = SparseVILA(
+            load(given.model, device_map=given.device_map), load_processor(given.model)
+        )
+        session.see(given.image)
+        streamer = hf.TextStreamer(session.processor, skip_prompt=True, skip_special_tokens=True)
+        for question in given.ask:
+            print(f"> {question}")
+            session.ask(question, max_new_tokens=128, streamer=streamer)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-
-
-def answer(given: argparse.Namespace) -> None:
-    """What the command line asks for."""
-    model = hf.AutoModelForImageTextToText.from_pretrained(given.model, device_map=given.device_map)
-    session = SparseVILA(
-        model, load_processor(given.model),
-        prefill_sparsity=given.prefill_sparsity, decode_sparsity=given.decode_sparsity,
-    )  # fmt: skip
-    session.see(given.image)
-    streamer = hf.TextStreamer(session.processor, skip_prompt=True, skip_special_tokens=True)
-    for question in given.ask:
-        print(f"> {question}")
-        session.ask(question, max_new_tokens=128, streamer=streamer)
 
 
 if __name__ == "__main__":
