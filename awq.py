@@ -217,30 +217,35 @@ def w4a16_matmul_reference(
 
 # --- the product: on a CPU ------------------------------------------------------------------------
 
-CPU_BLOCK = 2**19  # weights that are dequantised at a time: 2 MB in float32
+CPU_BLOCK = 2**21  # weights that are dequantised at a time: 8 MB in float32
 
 
 def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """x (rows, inputs) times the weights, whose bits are those of `dequantize`. Bytes are unpacked,
-    not words: byte 2 s + t of a word (s, t in 0, 1) holds column 4 t + s in its low half and column
-    4 t + s + 2 in its high half. A block has the columns in the order half, word, s, t."""
+    """x (rows, inputs) times the weights, whose bits are those of `dequantize`, a block of columns
+    after the other. PyTorch's embedding tables unpack bytes, low half first: byte 2 s + t of a word
+    (s, t in 0, 1) holds column 4 t + s of eight and, u = 1, column 4 t + 2 u + s."""
     (inputs, words), groups = qweight.shape, len(scales)
 
-    def halves(words: Tensor) -> Tensor:
-        pairs = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-        return torch.stack([pairs & 0xF, pairs >> 4], 1).view(torch.int8)  # (rows, 2, bytes)
+    def codes(words: Tensor) -> Tensor:
+        table = words.new_empty(len(words), words.shape[1] + 1)
+        table[:, :-1], table[:, -1] = words, 0x3C00  # each row's scale 1 and offset 0, in float16
+        return torch.ops.quantized.embedding_bag_4bit_unpack(table.view(torch.uint8))  # float32
 
-    products, step = [], max(8, CPU_BLOCK // 8 // inputs)
+    def unpacked(columns: Tensor) -> Tensor:  # from (word, t, u, s) to (word, s, t, u)
+        return columns.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3)
+
+    y, step = x.new_empty(len(x), 8 * words), max(8, CPU_BLOCK // 8 // inputs)
+    wide = x if _multiplied(x.dtype) else x.float()
     for start in range(0, words, step):
-        codes, zeros = (halves(each[:, start : start + step]) for each in (qweight, qzeros))
-        columns = scales[:, 8 * start : 8 * (start + step)].float().unflatten(1, (-1, 2, 2, 2))
-        scale = columns.permute(0, 3, 1, 4, 2).reshape(groups, 1, 2, -1)  # from word, t, half, s
-        weight = codes.unflatten(0, (groups, -1)).sub_(zeros[:, None]).float().mul_(scale)
-        weight = weight.half().to(x.dtype).view(inputs, -1)
-        product = x @ weight if _multiplied(x.dtype) else (x.float() @ weight.float()).to(x.dtype)
-        columns = product.unflatten(1, (2, -1, 2, 2)).permute(0, 2, 4, 1, 3)
-        products.append(columns.flatten(1))
-    return torch.cat(products, 1)
+        block, zeros = (codes(each[:, start : start + step]) for each in (qweight, qzeros))
+        here = slice(8 * start, 8 * (start + step))
+        scale = unpacked(scales[:, here]).float().reshape(groups, 1, -1)
+        weight = block.unflatten(0, (groups, -1)).sub_(zeros[:, None]).mul_(scale).flatten(0, 1)
+        for dtype in (torch.float16, x.dtype):
+            weight.copy_(weight.to(dtype))
+        product = wide @ weight.to(wide.dtype)
+        unpacked(y[:, here]).copy_(product.unflatten(1, (-1, 2, 2, 2)))
+    return y
 
 
 _CPU_PACKED = WeakTensorKeyDictionary()  # qweight -> (what it was packed from, the packing)
@@ -263,13 +268,16 @@ def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor)
         packed = converted, both, both[..., 1].float() - offsets
         _CPU_PACKED[qweight] = source, packed, qzeros, scales  # held, so that no id is used again
     group = qweight.shape[0] // scales.shape[0]
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed[0], group, packed[1])
-    return y.sub_(x.float().unflatten(1, (-1, group)).sum(-1) @ packed[2])
+    x = x.contiguous()
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
+    return y.sub_(x.view(len(x), -1, group).sum(-1, dtype=torch.float32) @ packed[2])
 
 
 @cache
 def _multiplied(dtype: torch.dtype) -> bool:
     """As in kernels.py: whether this processor's oneDNN multiplies matrices of a dtype."""
+    if dtype == torch.int8:
+        return torch.cpu._is_vnni_supported()
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
     return name is None or supported()
@@ -698,11 +706,8 @@ class W8A8Linear(_Packed):
             y = _w8a8_matmul_triton(rows, self.weight, self.weight_scale, self.bias)
             return y.view(*x.shape[:-1], len(self.weight))
         codes, scale = _to_int8(rows)
-        missing = max(0, 32 - len(rows))  # on a GPU `_int_mm` wants 17 rows at least
-        codes = nn.functional.pad(codes.contiguous(), (0, 0, 0, missing))
-        total = torch._int_mm(codes, self.weight.T)
-        y = total[: len(rows)] * (scale[:, None] * self.weight_scale)
-        y = y if self.bias is None else y + self.bias.float()
+        y = (_int8_matmul(codes, self.weight) * self.weight_scale).mul_(scale[:, None])
+        y = y if self.bias is None else y.add_(self.bias)
         return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
     def extra_repr(self) -> str:
@@ -710,11 +715,24 @@ class W8A8Linear(_Packed):
         return f"{inputs}, {outputs}, bias={self.bias is not None}"
 
 
+def _int8_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes (rows, inputs) times weight (outputs, inputs), in [-127, 127], to int32. On a CPU
+    without instructions for it `_int_mm` takes 20 times as long as float32, in which sums of 1,024
+    products are exact: less than 2^24."""
+    if codes.device.type == "cpu" and not _multiplied(torch.int8):
+        pairs = zip(codes.split(1024, 1), weight.split(1024, 1))
+        first, *others = ((a.float() @ b.float().T).int() for a, b in pairs)
+        return sum(others, first)
+    missing = max(0, 32 - len(codes))  # on a GPU `_int_mm` wants 17 rows at least
+    padded = nn.functional.pad(codes.contiguous(), (0, 0, 0, missing))
+    return torch._int_mm(padded, weight.T)[: len(codes)]
+
+
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x (rows, inputs) to codes int8 in [-127, 127] and scales (rows,) float32."""
     x = x.float()
     scale = x.abs().amax(-1).clamp(min=1e-5) / 127
-    return (x / scale[:, None]).round().to(torch.int8), scale
+    return (x / scale[:, None]).round_().to(torch.int8), scale
 
 
 # --- AWQ: the search ------------------------------------------------------------------------------

@@ -532,6 +532,19 @@ def test_eight_bit_products_are_exact_but_for_the_rounding_to_codes(M, K, N, bia
     assert layer(x.view(M, 1, K)).shape == (M, 1, N)
 
 
+@pytest.mark.parametrize("instructions", [False, True])
+@pytest.mark.parametrize("inputs", [1024, 1032, 2304])
+def test_sums_of_eight_bit_products_are_exact(instructions, inputs, monkeypatch):
+    """The largest ones as well, with the processor's instructions for them and in float32."""
+    monkeypatch.setattr(awq, "_multiplied", lambda dtype: instructions)
+    codes, weight = (torch.randint(-127, 128, (n, inputs), dtype=torch.int8) for n in (3, 8))
+    codes[0], weight[0], weight[1] = 127, 127, -127
+    codes[1, ::2] = weight[2, 1::2] = 1
+    expected = codes.long() @ weight.long().T
+    assert expected.abs().max() == 127 * 127 * inputs
+    assert awq._int8_matmul(codes, weight).equal(expected.int())
+
+
 def test_a_quantised_tower_sees_nearly_the_same(tiny, page):
     vlm, processor = load(TINY, device="cpu")
     pixels = processor.pixels([open_picture(page)])
