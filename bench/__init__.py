@@ -5,7 +5,7 @@
     python -m bench needle                    one page of clips of growing length, tiny model
     python -m bench quantised                 the tiny model's accuracy in four and eight bits
     python -m bench kernels                   every operation beside naive PyTorch and its bound
-    python -m bench awq                       four-bit products beside the library's
+    python -m bench awq                       four-bit products beside a plain layer's
     python -m bench load                      memory and time of loading 10^9 weights
     python -m bench make smolvlm-256m FOLDER  a checkpoint of random weights in a real model's shape
                                               (LLaVA-NeXT, Qwen2.5-VL and Qwen3-VL too)

@@ -24,7 +24,7 @@ COMMANDS = {
     "needle": (needle, "one page of clips of growing length, tiny model (hours)"),
     "quantised": (quantised, "the tiny model in four and eight bits"),
     "kernels": (kernels, "every operation beside naive PyTorch and its bound"),
-    "awq": (awq, "four-bit products beside the library's"),
+    "awq": (awq, "four-bit products beside a plain layer's"),
     "load": (load, "memory and time of loading 10^9 weights"),
     "make": (random_models, "a checkpoint of random weights in a real model's shape"),
     "versus": (versus, "dense decoding beside transformers'"),

@@ -1,4 +1,4 @@
-"""`python -m bench awq`: four-bit products beside the library's, and their bound."""
+"""`python -m bench awq`: four-bit products beside those of a plain layer, and their bound."""
 
 import argparse
 import json
@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from awq import _multiplied, triton, w4a16_matmul
+from awq import triton, w4a16_matmul
+from kernels import linear
 
 from . import machine
 
@@ -34,36 +35,36 @@ def run(arguments: argparse.Namespace) -> None:
     benchmark()
 
 
+@torch.no_grad()
 def benchmark() -> None:
-    """Time `w4a16_matmul` beside the library's matmul and the bound: the bytes of packed weights, x
-    and y over the measured copy bandwidth. In float16 on a GPU, where weights change from call to
-    call, so that no cache holds them; on a CPU in bfloat16, or float32 where the processor has no
-    products in it. The last line of the output is one JSON object."""
+    """Time `w4a16_matmul` beside `kernels.linear`, what a layer that is not quantised calls, and
+    the bound: the bytes of packed weights, x and y over the measured copy bandwidth. In float16 on
+    a GPU, where weights change from call to call, so that no cache holds them; in bfloat16 and
+    float32 on a CPU. The last line of the output is one JSON object."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    on_cpu = torch.bfloat16 if _multiplied(torch.bfloat16) else torch.float32
-    new = {"device": device, "dtype": torch.float16 if gpu else on_cpu}
-    big = torch.empty(2**29 if gpu else 2**26, **new)
+    big = torch.empty(2**29 if gpu else 2**26, device=device, dtype=torch.float16)
     bandwidth = 2 * big.nbytes / _time([partial(big.clone().copy_, big)] * 3, gpu)  # bytes per ms
     del big
-    print(f"{machine(device)}, {new['dtype']}, copy {bandwidth / 1e6:.0f} GB/s")
-    print(f"{'times in ms':52}{'ours':>9}{'library':>9}{'speedup':>9}{'bound':>9}{'reached':>9}")
+    print(f"{machine(device)}, copy {bandwidth / 1e6:.0f} GB/s")
+    print(f"{'times in ms':57}{'ours':>9}{'plain':>9}{'speedup':>9}{'bound':>9}{'reached':>9}")
     results = []
-    for what, inputs, outputs in SHAPES:
-        count = max(1, 2**28 // (inputs * outputs // 2)) if gpu else 1
-        half = [torch.randn(inputs, outputs, **new) for _ in range(count)]
-        packed = [random_weights(inputs, outputs, device) for _ in range(count)]
-        for rows in ROWS if gpu else (1, 16, 256):
-            x, calls = torch.randn(rows, inputs, **new), 1 if gpu else 3
-            ours = _time([partial(w4a16_matmul, x, *p) for p in packed] * calls, gpu)
-            library = _time([partial(torch.matmul, x, w) for w in half] * calls, gpu)
-            size = sum(t.nbytes for t in packed[0]) + x.element_size() * rows * (inputs + outputs)
-            bound = size / bandwidth
-            label = f"{what}: {rows} x {inputs} to {outputs}"
-            speedup, reached = library / ours, bound / ours
-            cells = f"{ours:9.4f}{library:9.4f}{speedup:8.2f}x{bound:9.4f}{reached:9.0%}"
-            print(f"{label:52}{cells}", flush=True)
-            results.append({"row": label, "ours": ours, "library": library, "bound": bound})
+    for dtype in [torch.float16] if gpu else [torch.bfloat16, torch.float32]:
+        new, kind = {"device": device, "dtype": dtype}, str(dtype).removeprefix("torch.")
+        for what, inputs, outputs in SHAPES:
+            count = max(1, 2**28 // (inputs * outputs // 2)) if gpu else 1
+            plain = [torch.randn(outputs, inputs, **new) for _ in range(count)]
+            packed = [random_weights(inputs, outputs, device) for _ in range(count)]
+            for rows in ROWS if gpu else (1, 16, 64, 256, 1024):
+                x, calls = torch.randn(rows, inputs, **new), 1 if gpu else 3
+                ours = _time([partial(w4a16_matmul, x, *p) for p in packed] * calls, gpu)
+                theirs = _time([partial(linear, x, w) for w in plain] * calls, gpu)
+                size = x.element_size() * rows * (inputs + outputs)
+                bound = (size + sum(t.nbytes for t in packed[0])) / bandwidth
+                label = f"{what}: {rows} x {inputs} to {outputs}, {kind}"
+                cells = f"{ours:9.4f}{theirs:9.4f}{theirs / ours:8.2f}x"
+                print(f"{label:57}{cells}{bound:9.4f}{bound / ours:9.0%}", flush=True)
+                results.append({"row": label, "ours": ours, "plain": theirs, "bound": bound})
     if not gpu:
         print("the Triton kernels and the other row counts need a GPU: not measured")
     print(json.dumps({"device": machine(device), "bandwidth": bandwidth, "rows": results}))
