@@ -449,7 +449,10 @@ def test_a_clip_too_long_for_dense_can_be_asked_sparsely(tmp_path):
 def test_closed_and_full_outputs(shell, status, words):
     command = shell.format(f"{sys.executable} {ROOT / 'sparsevila.py'} --max-new-tokens 2")
     command = command if status == 2 else "(" + command.replace(" | ", "; echo $? >&2) | ")
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    users = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=120, env=users
+    )
     assert str(status) in (str(result.returncode), result.stderr.strip())
     assert words in result.stderr and len(result.stderr.strip().split("\n")) == 1
 

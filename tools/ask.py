@@ -260,7 +260,8 @@ def chat(
     ends the chat, as do /quit and the end of the input. is_known: whether a question has a form
     that the model knows."""
     tokens = session.stats["visual_tokens"]
-    print(f"{tokens['encoded']} visual tokens, {tokens['kept']} kept. Ask; /quit or Ctrl-D ends.")
+    told = f"{tokens['encoded']} visual tokens, {tokens['kept']} kept. Ask; /quit or Ctrl-D ends."
+    print(told, flush=True)  # what cannot be written is known before a question is read
     answers = 0
     while True:
         try:
