@@ -45,7 +45,8 @@ else:  # its definition, head by head
 class RetrievalLayer(DynamicLayer):
     """All rows of a decoder layer, and `packed`: those that an answer is decoded from.
 
-    visual: where the visual rows are, (V,). window: of a layer that has one; it retrieves nothing.
+    visual: where the visual rows are, (V,). window: whether the layer has one, and then retrieves
+    nothing. ranks: over how many processes the heads are split.
     """
 
     is_croppable = False  # for assisted decoding, which knows nothing of `packed`
@@ -70,7 +71,7 @@ class RetrievalLayer(DynamicLayer):
     def retrieve(self, query: Tensor, scale: float) -> None:
         """Once a question is cached, whose rows are query (1, H, M, D): score, select, pack."""
         relevance = attention_colsum(query, self.keys, causal=True, scale=scale)[0].sum(0)
-        if self.ranks > 1:  # of tensor parallelism, which splits the heads
+        if self.ranks > 1:  # a sum over all heads
             torch.distributed.all_reduce(relevance)
         visual, wanted = self.visual.to(relevance.device), torch.ones_like(relevance).bool()
         self.retrieved = select(relevance[visual], self.sparsity)
