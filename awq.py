@@ -231,7 +231,7 @@ def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tenso
         table[:, :-1], table[:, -1] = words, 0x3C00  # each row's scale 1 and offset 0, in float16
         return torch.ops.quantized.embedding_bag_4bit_unpack(table.view(torch.uint8))  # float32
 
-    def unpacked(columns: Tensor) -> Tensor:  # from (word, t, u, s) to (word, s, t, u)
+    def by_bytes(columns: Tensor) -> Tensor:  # from (word, t, u, s) to (word, s, t, u)
         return columns.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3)
 
     y, step = x.new_empty(len(x), 8 * words), max(8, CPU_BLOCK // 8 // inputs)
@@ -239,12 +239,11 @@ def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tenso
     for start in range(0, words, step):
         block, zeros = (codes(each[:, start : start + step]) for each in (qweight, qzeros))
         here = slice(8 * start, 8 * (start + step))
-        scale = unpacked(scales[:, here]).float().reshape(groups, 1, -1)
+        scale = by_bytes(scales[:, here]).float().reshape(groups, 1, -1)
         weight = block.unflatten(0, (groups, -1)).sub_(zeros[:, None]).mul_(scale).flatten(0, 1)
-        for dtype in (torch.float16, x.dtype):
-            weight.copy_(weight.to(dtype))
-        product = wide @ weight.to(wide.dtype)
-        unpacked(y[:, here]).copy_(product.unflatten(1, (-1, 2, 2, 2)))
+        weight.copy_(weight.half())
+        product = wide @ weight.to(x.dtype).to(wide.dtype)
+        by_bytes(y[:, here]).copy_(product.unflatten(1, (-1, 2, 2, 2)))
     return y
 
 

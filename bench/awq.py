@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -49,22 +50,22 @@ def benchmark() -> None:
     print(f"{machine(device)}, copy {bandwidth / 1e6:.0f} GB/s")
     print(f"{'times in ms':57}{'ours':>9}{'plain':>9}{'speedup':>9}{'bound':>9}{'reached':>9}")
     results = []
-    for dtype in [torch.float16] if gpu else [torch.bfloat16, torch.float32]:
+    dtypes = [torch.float16] if gpu else [torch.bfloat16, torch.float32]
+    for dtype, (what, inputs, outputs) in product(dtypes, SHAPES):
         new, kind = {"device": device, "dtype": dtype}, str(dtype).removeprefix("torch.")
-        for what, inputs, outputs in SHAPES:
-            count = max(1, 2**28 // (inputs * outputs // 2)) if gpu else 1
-            plain = [torch.randn(outputs, inputs, **new) for _ in range(count)]
-            packed = [random_weights(inputs, outputs, device) for _ in range(count)]
-            for rows in ROWS if gpu else (1, 16, 64, 256, 1024):
-                x, calls = torch.randn(rows, inputs, **new), 1 if gpu else 3
-                ours = _time([partial(w4a16_matmul, x, *p) for p in packed] * calls, gpu)
-                theirs = _time([partial(linear, x, w) for w in plain] * calls, gpu)
-                size = x.element_size() * rows * (inputs + outputs)
-                bound = (size + sum(t.nbytes for t in packed[0])) / bandwidth
-                label = f"{what}: {rows} x {inputs} to {outputs}, {kind}"
-                cells = f"{ours:9.4f}{theirs:9.4f}{theirs / ours:8.2f}x"
-                print(f"{label:57}{cells}{bound:9.4f}{bound / ours:9.0%}", flush=True)
-                results.append({"row": label, "ours": ours, "plain": theirs, "bound": bound})
+        count = max(1, 2**28 // (inputs * outputs // 2)) if gpu else 1
+        plain = [torch.randn(outputs, inputs, **new) for _ in range(count)]
+        packed = [random_weights(inputs, outputs, device) for _ in range(count)]
+        for rows in ROWS if gpu else (1, 16, 64, 256, 1024):
+            x, calls = torch.randn(rows, inputs, **new), 1 if gpu else 3
+            ours = _time([partial(w4a16_matmul, x, *p) for p in packed] * calls, gpu)
+            theirs = _time([partial(linear, x, w) for w in plain] * calls, gpu)
+            size = sum(t.nbytes for t in packed[0]) + x.element_size() * rows * (inputs + outputs)
+            bound = size / bandwidth
+            label = f"{what}: {rows} x {inputs} to {outputs}, {kind}"
+            cells = f"{ours:9.4f}{theirs:9.4f}{theirs / ours:8.2f}x{bound:9.4f}{bound / ours:9.0%}"
+            print(f"{label:57}{cells}", flush=True)
+            results.append({"row": label, "ours": ours, "plain": theirs, "bound": bound})
     if not gpu:
         print("the Triton kernels and the other row counts need a GPU: not measured")
     print(json.dumps({"device": machine(device), "bandwidth": bandwidth, "rows": results}))
