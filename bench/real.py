@@ -45,9 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     both = theirs, load_processor(arguments.model)
 
     class Prompted(Adapter):
-        def chat(self, pictures: int) -> str:  # in our words
-            tokens = "\n".join([both[1].image_token] * pictures)
-            return processor.template.replace("{image}", tokens)
+        def chat(self, pictures: int) -> str:
+            return our_prompt(processor.template, both[1].image_token, pictures)
 
     options = {"protocol": "evaluation"}
     greedy = {"do_sample": False, "suppress_tokens": [processor.image_token_id]}  # as ours
@@ -100,3 +99,10 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {arguments.out}")
+
+
+def our_prompt(template: str, token: str, pictures: int) -> str:
+    """A template of ours, with transformers' token for every picture, for its processor to read."""
+    if token == "<|image_pad|>":  # Qwen
+        return template.replace("{image}", f"<|vision_start|>{token}<|vision_end|>" * pictures)
+    return template.replace("{image}", "\n".join([token] * pictures))

@@ -167,7 +167,10 @@ class SparseVILA:
 
         # 2. Overhear the model, and find the last attention of its tower.
         model.set_attn_implementation("sparsevila")
-        self.tower = [m for m in model.modules() if getattr(m, "is_causal", None) is False][-1]
+        towers = [m for m in model.modules() if getattr(m, "is_causal", None) is False]
+        if not towers:
+            raise ValueError(f"the model must have a vision tower, got {type(model).__name__}")
+        self.tower = towers[-1]
         names = " ".join(name for name, _ in model.named_parameters())
         self.tower.class_tokens = int("class_embedding" in names or "cls_token" in names)
 
@@ -177,7 +180,10 @@ class SparseVILA:
         forget everything before."""
         # 1. The prompt as the model's own processor writes it; the context ends with the pictures.
         images = [load_image(x) for x in (images if isinstance(images, list) else [images])]
-        prompt = re.split(r"\{question\}|\{answer\}", self.chat(len(images)))
+        text = self.chat(len(images))
+        prompt = re.split(r"\{question\}|\{answer\}", text)
+        if len(prompt) != 4:
+            raise ValueError(f"two questions and an answer must stand in a template, got {text!r}")
         inputs = self._inputs(prompt, images).to(self.model.device, self.model.dtype)
         ids = inputs["input_ids"][0]
         visual = ids == self.model.config.image_token_id
@@ -315,7 +321,9 @@ class SparseVILA:
             views, whole = model.pack_image_features(*views)[0], received.shape[1]
             return [part for view in views for part in view[:, 0].split([whole, len(view) - whole])]
         side, merged = math.isqrt(received.shape[1]), math.isqrt(received.numel() // tokens)
-        squares = received.view(-1, 1, side, side)  # a token is a square of patches
+        if side**2 != received.shape[1]:
+            raise ValueError(f"the patches of a view must be a square, got {received.shape[1]}")
+        squares = received.view(-1, 1, side, side)  # a token is a square of them
         return torch.nn.functional.avg_pool2d(squares, merged).flatten(1)
 
 
@@ -329,7 +337,9 @@ def load_processor(name: str):
     """AutoProcessor's; where torchvision is missing, that of pictures alone."""
     try:
         return hf.AutoProcessor.from_pretrained(name)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
         kind = PROCESSOR_MAPPING[type(hf.AutoConfig.from_pretrained(name))]
         return without_videos(kind).from_pretrained(name)
 

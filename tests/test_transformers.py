@@ -13,6 +13,7 @@ from hf_models import PICTURE, SPECIAL, make, save
 from PIL import Image
 
 import kernels
+from bench.real import our_prompt
 from checkpoints import load
 from examples import transformers_vlm
 from examples.transformers_vlm import RetrievalLayer, SparseVILA, contiguous, load_processor, select
@@ -165,15 +166,9 @@ def test_pruned_is_masked(kind):
 # --- against SparseVILA ---------------------------------------------------------------------------
 
 
-BOTH = (
-    "llava",
-    "llava_next",
-    "llava_next_mistral",
-    "smolvlm",
-    "smolvlm2",
-    "qwen2_5_vl",
-    "qwen3_vl",
-)
+BOTH = [
+    "llava", "llava_next", "llava_next_mistral", "smolvlm", "smolvlm2", "qwen2_5_vl", "qwen3_vl",
+]  # fmt: skip
 
 
 @pytest.fixture(
@@ -183,13 +178,6 @@ def both(request):
     """Their model and ours, of the same checkpoint."""
     theirs = hf.AutoModelForImageTextToText.from_pretrained(request.param).eval()
     return (theirs, load_processor(request.param)), load(request.param, device="cpu")
-
-
-def written(template: str, token: str, pictures: int) -> str:
-    """Our prompt, for a checkpoint without a chat template."""
-    qwen = "<|vision_start|>" + token + "<|vision_end|>"
-    images = [qwen] * pictures if "pad" in token else ["\n".join([token] * pictures)]
-    return template.replace("{image}", "".join(images))
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -205,9 +193,8 @@ def test_the_same_tokens_are_kept_retrieved_and_generated(
     }  # fmt: skip
     theirs, ours = Listening(*both[0], **settings), Ours(*both[1], **settings)
     if not both[0][1].chat_template:
-        theirs.chat = lambda pictures: written(
-            both[1][1].template, both[0][1].image_token, pictures
-        )
+        texts = both[1][1].template, both[0][1].image_token
+        theirs.chat = lambda pictures: our_prompt(*texts, pictures)
     images = [TINY / "samples" / name for name in ("receipt.png", "timetable.png")][:count]
     for session in (theirs, ours):
         session.see([Image.open(image) for image in images])
@@ -478,6 +465,25 @@ def test_questions_that_are_none_are_refused(question):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"must be in .* got .*{[*settings.values()][0]}"):
         SparseVILA(*make("llava"), **settings)
+    session = SparseVILA(*make("llava"))
+    session.chat = lambda pictures: "<image>{question}"
+    with pytest.raises(ValueError, match="two questions and an answer must stand in a template"):
+        session.see(pictures(1))
+
+
+def test_models_without_a_tower_are_refused():
+    model, processor = make("llava")
+    with pytest.raises(ValueError, match="must have a vision tower, got LlamaModel"):
+        SparseVILA(model.model.language_model, processor)
+
+
+def test_only_a_missing_torchvision_leaves_videos_out(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises((ValueError, OSError)) as alone:
+        hf.AutoProcessor.from_pretrained(tmp_path)
+    with pytest.raises(type(alone.value)) as ours:
+        load_processor(tmp_path)
+    assert str(ours.value) == str(alone.value)
 
 
 @pytest.mark.parametrize(
