@@ -139,7 +139,7 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     Source: AutoAWQ's "gemm" format.
     """
     inputs, _, group = _check_packed(qweight, qzeros, scales)
-    if _on_triton(qweight) and _block_in(inputs, group):
+    if _on_triton(qweight) and _block_in(group):
         return _dequantize_triton(qweight, qzeros, scales)
     return dequantize_reference(qweight, qzeros, scales)
 
@@ -192,7 +192,7 @@ def w4a16_matmul(
             raise ValueError(f"tensors must be on x's device {x.device}, got {tensor.device}")
     rows = x.reshape(-1, inputs)
     few = 0 < len(rows) <= DEQUANTIZE_ROWS
-    if _on_triton(x) and few and x.dtype != torch.float32 and _block_in(inputs, group):
+    if _on_triton(x) and few and x.dtype != torch.float32 and _block_in(group):
         y = _w4a16_matmul_triton(rows, qweight, qzeros, scales, bias)
     elif _fits_cpu_int4(rows, qweight, outputs, group):
         y = _cpu_int4_matmul(rows, qweight, qzeros, scales)
@@ -310,17 +310,17 @@ def _unpack_tile(words):
 
 @jit
 def _weight_tile(
-    qweight, qzeros, scales, i0, o0, inputs, outputs,
+    qweight, qzeros, scales, i0, o0, outputs,
     GROUP: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """W[i0 : i0 + BLOCK_IN, o0 : o0 + BLOCK_OUT] in float16. A tile lies within one group, so it
-    needs one row of scales and zeros."""
-    i, o = i0 + tl.arange(0, BLOCK_IN), o0 + tl.arange(0, BLOCK_OUT)
+    needs one row of scales and zeros, and no mask for its rows."""
+    i, o = tl.arange(0, BLOCK_IN), o0 + tl.arange(0, BLOCK_OUT)
     word = o0 // 8 + tl.arange(0, BLOCK_OUT // 8)  # the words that hold these columns
     row_size, group = outputs // 8, i0 // GROUP
     codes = tl.load(
-        qweight + (i.to(tl.int64) * row_size)[:, None] + word,
-        mask=(i < inputs)[:, None] & (word < row_size),
+        qweight + i0 * row_size.to(tl.int64) + (i * row_size)[:, None] + word,
+        mask=(word < row_size)[None, :],
         other=0,
     )
     zeros = tl.load(qzeros + group * row_size + word, mask=word < row_size, other=0)
@@ -330,17 +330,14 @@ def _weight_tile(
 
 @jit
 def _dequantize_kernel(
-    qweight, qzeros, scales, out, inputs, outputs,
+    qweight, qzeros, scales, out, outputs,
     GROUP: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """out[i, o] = W[i, o]."""
     i0, o0 = tl.program_id(0) * BLOCK_IN, tl.program_id(1) * BLOCK_OUT
-    tile = _weight_tile(
-        qweight, qzeros, scales, i0, o0, inputs, outputs, GROUP, BLOCK_IN, BLOCK_OUT
-    )
+    tile = _weight_tile(qweight, qzeros, scales, i0, o0, outputs, GROUP, BLOCK_IN, BLOCK_OUT)
     i, o = i0 + tl.arange(0, BLOCK_IN), o0 + tl.arange(0, BLOCK_OUT)
-    here = (i < inputs)[:, None] & (o < outputs)
-    tl.store(out + (i.to(tl.int64) * outputs)[:, None] + o, tile, mask=here)
+    tl.store(out + (i.to(tl.int64) * outputs)[:, None] + o, tile, mask=(o < outputs)[None, :])
 
 
 @jit
@@ -355,12 +352,10 @@ def _gemv_kernel(
 
     # 2. Walk the inputs; the sum over the rows of a tile waits until the end.
     total = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
-    for i0 in tl.range(start, tl.minimum(start + chunk, inputs), BLOCK_IN, num_stages=3):
+    for i0 in tl.range(start, tl.minimum(start + chunk, inputs), BLOCK_IN, num_stages=4):
         i = i0 + tl.arange(0, BLOCK_IN)
-        value = tl.load(x + i.to(tl.int64) * x_in, mask=i < inputs, other=0.0)
-        tile = _weight_tile(
-            qweight, qzeros, scales, i0, o0, inputs, outputs, GROUP, BLOCK_IN, BLOCK_OUT
-        )
+        value = tl.load(x + i.to(tl.int64) * x_in)
+        tile = _weight_tile(qweight, qzeros, scales, i0, o0, outputs, GROUP, BLOCK_IN, BLOCK_OUT)
         tile = tile.to(value.dtype).to(tl.float32)
         total += value.to(tl.float32)[:, None] * tile
 
@@ -385,11 +380,8 @@ def _gemm_kernel(
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for i0 in range(start, tl.minimum(start + chunk, inputs), BLOCK_IN):
         i = i0 + tl.arange(0, BLOCK_IN)
-        here = (r < rows)[:, None] & (i < inputs)
-        x_tile = tl.load(row + i.to(tl.int64) * x_in, mask=here, other=0.0)
-        tile = _weight_tile(
-            qweight, qzeros, scales, i0, o0, inputs, outputs, GROUP, BLOCK_IN, BLOCK_OUT
-        )
+        x_tile = tl.load(row + i.to(tl.int64) * x_in, mask=(r < rows)[:, None], other=0.0)
+        tile = _weight_tile(qweight, qzeros, scales, i0, o0, outputs, GROUP, BLOCK_IN, BLOCK_OUT)
         tile = tile.to(x_tile.dtype)
         if UPCAST:  # Triton's interpreter multiplies bfloat16 wrongly, without an error
             x_tile, tile = x_tile.to(tl.float32), tile.to(tl.float32)
@@ -469,23 +461,21 @@ def _w4a16_matmul_triton(
     """Launch `_gemv_kernel` (one row) or `_gemm_kernel` on x (rows, inputs), then `_sum_kernel`.
     With few outputs the inputs are split into parts, so that all of the chip works."""
     (rows, inputs), outputs, group = x.shape, scales.shape[1], len(qweight) // len(scales)
-    block_rows = min(128, max(16, triton.next_power_of_2(rows)))
-    block_out = 128 if rows == 1 else 64
-    block_in = _block_in(inputs, group)
+    block_rows, block_in = min(128, max(16, triton.next_power_of_2(rows))), _block_in(group)
+    block_out = 64  # these, and how many programs keep a multiprocessor busy, by trial on an H100
+    num_warps, busy = (1, 8) if rows == 1 else (2, 8) if rows <= 32 else (4, 4)
     programs = triton.cdiv(outputs, block_out) * triton.cdiv(rows, block_rows)
-    parts = parts or max(1, min(32, _programs(x.device) // programs))
+    parts = parts or max(1, min(32, busy * _multiprocessors(x.device) // programs))
     chunk = triton.cdiv(triton.cdiv(inputs, parts), block_in) * block_in
     parts = triton.cdiv(inputs, chunk)
     sums = x.new_empty(parts, rows, outputs, dtype=torch.float32)
     out = x.new_empty(rows, outputs)
     packed = qweight.contiguous(), qzeros.contiguous(), scales.contiguous()
-    blocks = {"GROUP": group, "BLOCK_OUT": block_out, "BLOCK_IN": block_in}
+    blocks = {"GROUP": group, "BLOCK_OUT": block_out, "BLOCK_IN": block_in, "num_warps": num_warps}
     with torch.cuda.device_of(x):
         if rows == 1:
             grid = triton.cdiv(outputs, block_out), parts
-            _gemv_kernel[grid](
-                x, *packed, sums, x.stride(1), outputs, inputs, chunk, **blocks, num_warps=2
-            )
+            _gemv_kernel[grid](x, *packed, sums, x.stride(1), outputs, inputs, chunk, **blocks)
         else:
             grid = triton.cdiv(rows, block_rows), triton.cdiv(outputs, block_out), parts
             _gemm_kernel[grid](
@@ -505,10 +495,10 @@ def _dequantize_triton(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tenso
     """Launch `_dequantize_kernel`."""
     inputs, outputs, group = len(qweight), scales.shape[1], len(qweight) // len(scales)
     out = torch.empty(inputs, outputs, dtype=scales.dtype, device=scales.device)
-    block_in = _block_in(inputs, group)
+    block_in = _block_in(group)
     with torch.cuda.device_of(scales):
         _dequantize_kernel[(triton.cdiv(inputs, block_in), triton.cdiv(outputs, 128))](
-            qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), out, inputs, outputs,
+            qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), out, outputs,
             GROUP=group, BLOCK_IN=block_in, BLOCK_OUT=128,
         )  # fmt: skip
     return out
@@ -539,17 +529,16 @@ def _on_triton(x: Tensor) -> bool:
     return triton is not None and (x.is_cuda or INTERPRETED)
 
 
-def _block_in(inputs: int, group: int) -> int:
+def _block_in(group: int) -> int:
     """Inputs in a tile, which must not cross groups; 0 if the kernels cannot take these groups."""
-    block = 64 if group == inputs else math.gcd(64, group)
+    block = math.gcd(64, group)
     return block if block >= 16 else 0
 
 
-def _programs(device: torch.device) -> int:
-    """How many programs keep the chip busy: four per multiprocessor."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # --- argument checks ------------------------------------------------------------------------------

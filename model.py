@@ -879,12 +879,15 @@ class StaticStep:
         self.length = self.rows[-1][0] + 1
         for each in cache.written:
             each.reserve(tokens)
-        self.launch = self._captured() if model.device.type == "cuda" else self._step
+        self.launch, self.steps = self._step, 0
 
     def __call__(self, token: int) -> Tensor:
         """Hidden state (1, 1, E), which the next call overwrites."""
         self.token.fill_(token)
+        if self.steps == 1 and self.model.device.type == "cuda":
+            self.launch = self._captured()  # the first step has compiled the kernels
         self.launch()
+        self.steps += 1
         for each in self.cache.written:
             each.filled = [filled + 1 for filled in each.filled]
         self.cache.advance(torch.tensor([self.cache.next_position], device="cpu"))
@@ -908,13 +911,9 @@ class StaticStep:
 
     def _captured(self) -> Callable[[], None]:
         """The step as a CUDA graph."""
-        with torch.cuda.device(self.model.device):
-            self._step()  # kernels are compiled before the capture
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-        for number in (self.position, self.length, *self.rows):
-            number -= 1
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.model.device), torch.cuda.graph(graph):
+            self._step()
         return graph.replay
 
 

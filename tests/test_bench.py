@@ -41,7 +41,7 @@ def small_model():
 
 def test_speed_prints_one_json_object_last(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(random_models.PRESETS, "laptop", random_models.Preset(SMALL, 3))
-    main(["speed", "--runs", "2", "--answer-tokens", "5", "--json"])
+    main(["speed", "--device", "cpu", "--runs", "2", "--answer-tokens", "5", "--json"])
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(printed[-1])
     assert result["visual_tokens"] == 3 * 64 and result["answer_tokens"] == 5

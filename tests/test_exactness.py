@@ -368,6 +368,7 @@ def test_see_is_interrupted_before_or_after_it_changes_the_session(tiny, page):
             frame.f_trace_opcodes = True
             return at
 
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 wants to know before it traces
         sys.settrace(enter)
         try:
             session.see(random_pictures(0, 1, side=240))

@@ -126,11 +126,12 @@ def awq_launches(dtype: torch.dtype):
     pointers = {"x": p, "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "sums": "*fp32"}
     packed = {name: pointers[name] for name in ("qweight", "qzeros", "scales")}
     for group in (32, 64, 128, 4096):
-        block_in = awq._block_in(4096, group)
+        block_in = awq._block_in(group)
         constants = {"GROUP": group, "BLOCK_IN": block_in, "BLOCK_OUT": 64, "x_in": 1}
-        yield awq._gemv_kernel, pointers, constants | {"num_warps": 2}
-        for rows in (16, 128):
-            yield awq._gemm_kernel, pointers, constants | {"BLOCK_ROWS": rows, "UPCAST": False}
+        yield awq._gemv_kernel, pointers, constants | {"num_warps": 1}
+        for rows, warps in ((16, 2), (32, 2), (64, 4), (128, 4)):
+            sizes = {"BLOCK_ROWS": rows, "UPCAST": False, "num_warps": warps}
+            yield awq._gemm_kernel, pointers, constants | sizes
         sizes = {"GROUP": group, "BLOCK_IN": block_in, "BLOCK_OUT": 128}
         yield awq._dequantize_kernel, packed | {"out": "*fp16"}, sizes
     for bias in (False, True):
