@@ -136,10 +136,15 @@ def test_sparsity_zero_has_the_bits_of_dense_in_every_family(family, count, prot
 @settings(max_examples=20)
 @given(models, settings_of, sparsities, st.booleans())
 def test_the_step_that_a_gpu_replays_has_the_bits_of_reading(shape, options, sparsity, dense):
-    """Logits, tokens and caches over two turns; here without a graph."""
+    """Logits, tokens and caches over two turns; without a graph where there is no GPU."""
     vlm, processor = random_model(**shape)
+    vlm.to("cuda" if torch.cuda.is_available() else "cpu")
     kind, runs = Dense if dense else SparseVILA, []
-    for reader in (vlm._reader, lambda cache, tokens: model_file.StaticStep(vlm, cache, tokens)):
+    readers = (
+        lambda cache, tokens: lambda token: vlm.read(vlm.embed([token]), cache),
+        lambda cache, tokens: model_file.StaticStep(vlm, cache, tokens),
+    )
+    for reader in readers:
         session = kind(vlm, processor, decode_sparsity=sparsity, **options)
         with pytest.MonkeyPatch.context() as patch, Recorder(vlm) as recorder:
             patch.setattr(vlm, "_reader", reader)
