@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,10 +44,11 @@ def read_results(folder: Path) -> dict[str, Tensor]:
     return results
 
 
-def expectations(folder: Path = FOLDER) -> tuple[list[dict], dict[str, Tensor]]:
-    """The manifest's cases, and all tensors that they name."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return manifest["cases"], load_file(folder / "vectors.safetensors")
+@cache
+def expectations() -> tuple[list[dict], dict[str, Tensor]]:
+    """The manifest's cases, and all tensors that they name: read once, and nobody's to change."""
+    manifest = json.loads((FOLDER / "manifest.json").read_text())
+    return manifest["cases"], load_file(FOLDER / "vectors.safetensors")
 
 
 def bits(x: Tensor) -> Tensor:
@@ -93,9 +95,9 @@ def given(case: dict) -> str:
     return text if len(text) < 160 else text[:160] + " ..."
 
 
-def compare(results: dict[str, Tensor], folder: Path = FOLDER) -> tuple[list[str], bool]:
+def compare(results: dict[str, Tensor]) -> tuple[list[str], bool]:
     """Lines of a table, and whether all is well."""
-    manifest, vectors = expectations(folder)
+    manifest, vectors = expectations()
     wanted = {place["tensor"] for case in manifest for place in case["outputs"].values()}
     faults: dict[str, list[str]] = {}
     counts: dict[str, int] = {}

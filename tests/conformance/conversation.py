@@ -9,6 +9,7 @@ trace: ("break", question, where) is interrupted while the question is read or a
 """
 
 import copy
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -162,17 +163,26 @@ class Pair:
         return Expected(exact, allowed.expand_as(exact), dtype)
 
 
+@functools.cache
+def _models(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A checkpoint in float64 and in a dtype, both of the rounded weights; nobody's to change."""
+    from checkpoints import load
+
+    vlm, _ = load(folder, device="cpu", dtype=dtype)
+    return copy.deepcopy(vlm).double(), vlm
+
+
 class Session:
     """A session under test, beside a `Pair` that goes through the same."""
 
     def __init__(self, lab: Lab, case: Case, beside: "Session | None" = None):
-        from checkpoints import load
+        from checkpoints import load_processor
 
         c = self.case = SimpleNamespace(**case)
         self.dtype = getattr(torch, c.dtype)
         folder = ROOT / "tiny" if c.model == "tiny" else ROOT / "tests" / "golden" / c.model
-        vlm, self.processor = load(folder, device="cpu", dtype=self.dtype)
-        exact = copy.deepcopy(vlm).double()
+        exact, vlm = _models(folder, self.dtype)
+        self.processor = load_processor(folder)
         self.pair = Pair(Model(exact, self.processor), Model(vlm, self.processor))
         self.vlm = beside.vlm if beside else copy.deepcopy(vlm).to(lab.device)
         self.logits: list[Tensor] = []

@@ -27,9 +27,10 @@ SIZES = (
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def mixed(x: Tensor) -> Tensor:
-    """A 32-bit integer -> another that looks random, both as int64. Source: the constants and
-    shifts are those of "lowbias32", C. Wellons, Prospecting for Hash Functions (2018)."""
+def mixed(x: Any) -> Any:
+    """A 32-bit integer -> another that looks random, in Python or in an int64 tensor. Source: the
+    constants and shifts are those of "lowbias32", C. Wellons, Prospecting for Hash Functions
+    (2018)."""
     x = x & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
@@ -38,7 +39,7 @@ def mixed(x: Tensor) -> Tensor:
 
 def words(seed: int, count: int) -> Tensor:
     """Random integers (count,) in [0, 2^32), int64: word i is mixed(mixed(seed) + i)."""
-    return mixed(mixed(torch.tensor(seed)) + torch.arange(count))
+    return mixed(mixed(seed) + torch.arange(count))
 
 
 def bell(seed: int, shape: Sequence[int]) -> Tensor:
@@ -46,7 +47,8 @@ def bell(seed: int, shape: Sequence[int]) -> Tensor:
     + b1 + b2 + b3 - 510 + w / 2^32) / 128, b0 .. b3 the bytes of word 2 i and w word 2 i + 1."""
     count = math.prod(shape)
     w = words(seed, 2 * count).view(count, 2)
-    total = sum(w[:, 0] >> shift & 255 for shift in (0, 8, 16, 24)) - 510
+    pairs = (w[:, 0] & 0xFF00FF) + (w[:, 0] >> 8 & 0xFF00FF)  # b0 + b1, and b2 + b3
+    total = (pairs & 0xFFFF) + (pairs >> 16) - 510
     return ((total + w[:, 1].double() / 2**32) / 128).view(*shape)
 
 
