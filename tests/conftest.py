@@ -53,6 +53,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if few else os.cpu_count() or 1
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process has nothing left to do while another runs the notebook
+    for minutes."""
+    items.sort(key=lambda item: item.path.name not in ("test_tutorial.py", "test_interpreter.py"))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """How many mutants of tests/test_mutants.py were caught, and by which check."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
