@@ -570,8 +570,9 @@ for question in {questions!r}:
 """
 
 
-def test_two_processes_share_the_heads(tmp_path, page):
+def test_two_processes_share_the_heads(tmp_path, page, monkeypatch):
     """torchrun, transformers' own plan, gloo: both ranks retrieve and say what one process does."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes cannot share a GPU
     script = tmp_path / "parallel.py"
     script.write_text(
         PARALLEL.format(root=str(ROOT), folder=str(TINY), page=str(page), questions=QUESTIONS)
