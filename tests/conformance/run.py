@@ -3,6 +3,7 @@ language would: `python -m tests.conformance.run FOLDER [--impl MODULE_OR_FILE]`
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,20 @@ def inputs_of(case: dict, vectors: dict[str, Tensor]) -> dict[str, Any]:
 
 def results_of(operations: dict[str, Any]) -> dict[str, Tensor]:
     """All outputs that the operations give, by their tensor's names."""
+    return {name: x for _, results in case_by_case(operations) for name, x in results.items()}
+
+
+def case_by_case(operations: dict[str, Any]) -> Iterator[tuple[dict, dict[str, Tensor]]]:
+    """Every case of the operations, and its outputs by their tensor's names; none if it fails."""
     from .contracts import FUNCTIONS
 
     manifest, vectors = expectations()
     cases = [case for case in manifest if case["operation"] in operations]
     places = [place for case in cases for place in case["inputs"].values() if "tensor" in place]
     vectors = {place["tensor"]: vectors[place["tensor"]].clone() for place in places}
-    results = {}
     for case in cases:
         operation, parameters = case["operation"], case["parameters"]
-        implementation = operations[operation]
+        implementation, results = operations[operation], {}
         inputs = inputs_of(case, vectors)
         try:
             if operation == "SparseVILA":
@@ -123,11 +128,11 @@ def results_of(operations: dict[str, Any]) -> dict[str, Tensor]:
             for name, place in case["outputs"].items():
                 results[place["tensor"]] = torch.as_tensor(made[name]).contiguous().clone()
         except NotImplementedError:
-            continue
+            pass
         except Exception as error:  # the others may be right
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             print(f"{operation} ({given(case)}) raises {words}", file=sys.stderr)
-    return results
+        yield case, results
 
 
 def main() -> None:
