@@ -43,6 +43,7 @@ except (ImportError, AttributeError):  # none, or one before 3.4: PyTorch everyw
 # take as long, whatever the tiles.
 DEQUANTIZE_ROWS = 128
 CPU_INT4_ROWS = 64  # on a CPU, with at most that many bfloat16 rows: PyTorch's own int4 kernel
+CPU_PLAIN = 2**21  # on a CPU, a matrix of at most that many weights is kept dequantised
 
 
 # --- numbers and file format ----------------------------------------------------------------------
@@ -172,10 +173,14 @@ def w4a16_matmul(
     and up to four times as fast.
 
     On a GPU one row takes a GEMV kernel, up to DEQUANTIZE_ROWS rows a GEMM kernel; more rows, or
-    float32, are dequantised once for the library's matmul. On a CPU few bfloat16 rows take
-    PyTorch's int4 kernel, which rounds scales, weights and sums to bfloat16 one after the other:
-    errors of up to 2^-7 of a weight and 2^-15 scales on top. Everything else is dequantised, block
-    by block of columns, and multiplied while the processor's cache holds it.
+    float32, are dequantised once for the library's matmul.
+
+    On a CPU small matrices are dequantised at the first call, and kept: to start a product takes
+    longer than to read them. Of others, few bfloat16 rows take PyTorch's int4 kernel, which rounds
+    scales, weights and sums to bfloat16 one after the other: errors of up to 2^-7 of a weight and
+    2^-15 scales on top. Everything else is dequantised, block by block of columns, and multiplied
+    while the processor's cache holds it; in float32 where there are no products in x's dtype, and
+    then W is not rounded to that.
     """
     inputs, outputs, group = _check_packed(qweight, qzeros, scales)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1:] != (inputs,):
@@ -194,12 +199,9 @@ def w4a16_matmul(
     few = 0 < len(rows) <= DEQUANTIZE_ROWS
     if _on_triton(x) and few and x.dtype != torch.float32 and _block_in(group):
         y = _w4a16_matmul_triton(rows, qweight, qzeros, scales, bias)
-    elif _fits_cpu_int4(rows, qweight, outputs, group):
-        y = _cpu_int4_matmul(rows, qweight, qzeros, scales)
-        y = y if bias is None else y + bias
     elif rows.device.type == "cpu" and len(rows):
-        y = _cpu_blocks_matmul(rows, qweight, qzeros, scales)
-        y = y if bias is None else y + bias
+        y = _cpu_matmul(rows, qweight, qzeros, scales)
+        y = y if bias is None else y.add_(bias)
     else:
         weight = dequantize(qweight, qzeros, scales).to(x.dtype)
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
@@ -220,6 +222,24 @@ def w4a16_matmul_reference(
 CPU_BLOCK = 2**21  # weights that are dequantised at a time: 8 MB in float32
 
 
+def _cpu_matmul(x: Tensor, *packed: Tensor) -> Tensor:
+    """x (rows, inputs) times the weights (qweight, qzeros, scales), as `w4a16_matmul` says."""
+    (inputs, words), groups = packed[0].shape, len(packed[2])
+    kept = not any(tensor.is_inference() for tensor in packed)  # such tensors count no versions
+    if kept and 8 * inputs * words <= CPU_PLAIN:
+        weight = _kept(_plain_weight, x.dtype, *packed)
+        wide = x if len(x) == 1 or _multiplied(x.dtype) else x.float()
+        return nn.functional.linear(wide, weight.to(wide.dtype)).to(x.dtype)
+    few = x.dtype == torch.bfloat16 and len(x) <= CPU_INT4_ROWS
+    if kept and few and words % 2 == 0 and inputs // groups in (32, 64, 128, 256):
+        return _cpu_int4_matmul(x, *packed)
+    return _cpu_blocks_matmul(x, *packed)
+
+
+def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
+    return dequantize(*packed).to(dtype).T.contiguous()  # (outputs, inputs)
+
+
 def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     """x (rows, inputs) times the weights, whose bits are those of `dequantize`, a block of columns
     after the other. PyTorch's embedding tables unpack bytes, low half first: byte 2 s + t of a word
@@ -234,42 +254,55 @@ def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tenso
     def by_bytes(columns: Tensor) -> Tensor:  # from (word, t, u, s) to (word, s, t, u)
         return columns.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3)
 
-    y, step = x.new_empty(len(x), 8 * words), max(8, CPU_BLOCK // 8 // inputs)
+    y, step = x.new_empty(len(x), 8 * words), min(words, max(8, CPU_BLOCK // 8 // inputs))
     wide = x if _multiplied(x.dtype) else x.float()
+    half = scales.new_empty(inputs, 8 * step)  # once: fresh memory costs more than a pass
     for start in range(0, words, step):
         block, zeros = (codes(each[:, start : start + step]) for each in (qweight, qzeros))
         here = slice(8 * start, 8 * (start + step))
         scale = by_bytes(scales[:, here]).float().reshape(groups, 1, -1)
         weight = block.unflatten(0, (groups, -1)).sub_(zeros[:, None]).mul_(scale).flatten(0, 1)
-        weight.copy_(weight.half())
-        product = wide @ weight.to(x.dtype).to(wide.dtype)
+        weight.copy_(half[:, : weight.shape[1]].copy_(weight))
+        product = wide @ weight.to(wide.dtype)
         by_bytes(y[:, here]).copy_(product.unflatten(1, (-1, 2, 2, 2)))
     return y
 
 
-_CPU_PACKED = WeakTensorKeyDictionary()  # qweight -> (what it was packed from, the packing)
+_KEPT = WeakTensorKeyDictionary()  # qweight -> (what it was made of and how, what was made)
+
+
+def _kept(make: Callable, dtype: torch.dtype, *packed: Tensor):
+    """make(dtype, *packed), kept until one of the tensors is replaced or changed (unless through
+    `.data` or numpy, which PyTorch does not see)."""
+    source = make, dtype, [(id(t), t.data_ptr(), t._version) for t in packed]
+    made_of, made, *_ = _KEPT.get(packed[0], (None, None))
+    if made_of != source:
+        made = make(dtype, *packed)
+        _KEPT[packed[0]] = source, made, *packed[1:]  # held, so that no id is used again
+    return made
+
+
+def _int4_packing(
+    dtype: torch.dtype, qweight: Tensor, qzeros: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What PyTorch's int4 kernel wants (once more the memory of the codes): w = (code - 8) * scale
+    + offset, with scale and offset in bfloat16; and by what the offset is off, in float32."""
+    codes = unpack(qweight).T.int().contiguous()
+    steps = scales.to(dtype).float()
+    offsets = (8 - unpack(qzeros).float()) * steps
+    both = torch.stack([steps, offsets], -1).to(dtype)  # (inputs / g, outputs, 2)
+    converted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    return converted, both, both[..., 1].float() - offsets
 
 
 def _cpu_int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """x (rows, inputs) bfloat16 times the weights by PyTorch's int4 kernel. It wants a packing of
-    its own (once more the memory of the codes) of w = (code - 8) * scale + offset, with scale and
-    offset in bfloat16; the packing is kept until one of the tensors is replaced or changed (unless
-    through `.data` or numpy, which PyTorch does not see). By what the offset is off, a whole group
-    is, weights of 0 too: that is taken back in float32."""
-    source = [(id(t), t.data_ptr(), t._version) for t in (qweight, qzeros, scales)]
-    packed_from, packed, *_ = _CPU_PACKED.get(qweight, (None, None))
-    if packed_from != source:
-        codes = unpack(qweight).T.int().contiguous()
-        steps = scales.bfloat16().float()
-        offsets = (8 - unpack(qzeros).float()) * steps
-        both = torch.stack([steps, offsets], -1).bfloat16()  # (inputs / g, outputs, 2)
-        converted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        packed = converted, both, both[..., 1].float() - offsets
-        _CPU_PACKED[qweight] = source, packed, qzeros, scales  # held, so that no id is used again
-    group = qweight.shape[0] // scales.shape[0]
+    """x (rows, inputs) bfloat16 times the weights by PyTorch's int4 kernel. By what the offset is
+    off, a whole group is, weights of 0 too: that is taken back in float32."""
+    codes, both, off = _kept(_int4_packing, x.dtype, qweight, qzeros, scales)
+    group = len(qweight) // len(scales)
     x = x.contiguous()
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
-    return y.sub_(x.view(len(x), -1, group).sum(-1, dtype=torch.float32) @ packed[2])
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, both)
+    return y.sub_(x.view(len(x), -1, group).sum(-1, dtype=torch.float32) @ off)
 
 
 @cache
@@ -280,17 +313,6 @@ def _multiplied(dtype: torch.dtype) -> bool:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
     return name is None or supported()
-
-
-def _fits_cpu_int4(rows: Tensor, qweight: Tensor, outputs: int, group: int) -> bool:
-    return (
-        rows.device.type == "cpu"
-        and rows.dtype == torch.bfloat16
-        and 0 < len(rows) <= CPU_INT4_ROWS
-        and outputs % 16 == 0
-        and group in (32, 64, 128, 256)
-        and not qweight.is_inference()  # such tensors count no versions
-    )
 
 
 # --- the product: Triton --------------------------------------------------------------------------

@@ -625,7 +625,7 @@ def _decode_attention_triton(
 # oneDNN's product, as torch.compile uses it; not in every build.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MKL = torch.backends.mkl.is_available()
-FLOAT32_BLOCK = 2**23  # weights that are made float32 at a time: 32 MB
+FLOAT32_BLOCK = 2**22  # weights made float32 at a time: 16 MB; from 32 on, glibc maps them anew
 
 
 @cache
@@ -651,14 +651,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     * Weights below 2^17 numbers do not earn back the 10 us that the first two cost more.
 
     F.linear and this function, milliseconds on 2 cores of an AMD EPYC 7003, without products in
-    bfloat16 (`python -m bench kernels`, 2026-11-26; it copies 31 GB/s and adds up 16 to 22):
+    bfloat16 (`python -m bench kernels`, 2026-11-27; it copies 40 GB/s):
 
                             float32                         bfloat16
         inputs x outputs    1 row          256 rows         1 row    256 rows
-         512 x  1408         0.38   0.25     3.0    3.0      0.17     37    5.0
-         576 x 49280        13.0    7.7    202    141        4.9     824  146
-        2048 x  5632         4.2    2.7     74     60        2.0     362   72
-        4096 x  4096         5.1    3.2    104     88        2.7     426   89
+         512 x  1408         0.24   0.22     3.2    3.1      0.13     22    3.0
+         576 x 49280         9.9    6.0    159    143        4.0     829  110
+        2048 x  5632         2.3    2.0     48     39        1.4     283   49
+        4096 x  4096         3.1    2.5     65     67        1.7     398   70
 
     Source: our choice.
     """

@@ -182,16 +182,36 @@ def test_a_cpu_multiplies_blocks_with_the_bits_of_dequantize(K, N, g, multiplied
     *tensors, exact = packed(K, N, g)
     monkeypatch.setattr(awq, "CPU_BLOCK", 64 * K)
     monkeypatch.setattr(awq, "CPU_INT4_ROWS", 0)
+    monkeypatch.setattr(awq, "CPU_PLAIN", 0)
     monkeypatch.setattr(awq, "_multiplied", lambda dtype: multiplied)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         y = awq.w4a16_matmul(torch.eye(K).to(dtype), *tensors)
         assert torch.equal(y, exact.half().to(dtype))
 
 
-def test_few_bfloat16_rows_take_pytorchs_int4_kernel_and_see_new_codes(monkeypatch):
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_cpu_keeps_small_matrices_with_the_bits_of_dequantize(multiplied, monkeypatch):
+    *tensors, exact = packed(72, 136, 72)
+    monkeypatch.setattr(awq, "CPU_PLAIN", exact.numel())
+    monkeypatch.setattr(awq, "_cpu_blocks_matmul", None)
+    monkeypatch.setattr(awq, "_multiplied", lambda dtype: multiplied)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.eye(72).to(dtype)
+        for rows in (x, x[5:6]):
+            assert torch.equal(awq.w4a16_matmul(rows, *tensors), rows @ exact.half().to(dtype))
+    monkeypatch.setattr(awq, "CPU_PLAIN", exact.numel() - 1)
+    with pytest.raises(TypeError, match="not callable"):
+        awq.w4a16_matmul(x, *tensors)
+
+
+@pytest.mark.parametrize("kept", ["dequantised", "as PyTorch's int4 kernel wants them"])
+def test_weights_that_a_cpu_keeps_are_made_anew_from_new_codes(kept, monkeypatch):
     qweight, qzeros, scales, exact = packed(64, 32, 32)
     x = torch.randn(3, 64).bfloat16()
-    monkeypatch.setattr(awq, "dequantize", None)  # the other path
+    monkeypatch.setattr(awq, "_cpu_blocks_matmul", None)
+    if kept != "dequantised":
+        monkeypatch.setattr(awq, "CPU_PLAIN", 0)
+        monkeypatch.setattr(awq, "dequantize", None)
     before = awq.w4a16_matmul(x, qweight, qzeros, scales)
     assert torch.equal(before, awq.w4a16_matmul(x, qweight, qzeros, scales))
     qweight.copy_(packed(64, 32, 32, seed=1)[0])
