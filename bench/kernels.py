@@ -103,7 +103,7 @@ def _time_colsum(shapes: list[tuple], new: dict, passes: int) -> Iterator[Row]:
         lse = attention_lse(q, k, causal=causal)
         times = {"ours": _time(attention_colsum, q, k, causal=causal)}
         times["naive"] = _time(naive_colsum, q, k, causal)
-        if flash_colreduce and H == G:
+        if flash_colreduce and q.is_cuda and H == G:
             times["flash"] = _time(flash_colreduce, q, k, is_causal=causal, reduction="sum")
         size = passes * (q.nbytes + k.nbytes) + 4 * B * H * (2 * M + N)
         label = f"{what}: B {B} H {H} G {G} M {M} N {N} D {D}{' causal' if causal else ''}"

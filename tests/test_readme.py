@@ -181,7 +181,7 @@ def test_the_sample_output(monkeypatch):
 def test_the_benchmark_of_the_kernels(monkeypatch, capsys):
     from bench import kernels
 
-    monkeypatch.setattr(kernels, "SHAPES", [("small", 1, 4, 2, 8, 16, 8, True)])
+    monkeypatch.setattr(kernels, "SHAPES", [("small", 1, 4, G, 8, 16, 8, True) for G in (2, 4)])
     monkeypatch.setattr(kernels, "LINEARS", ((512, 256),))
     monkeypatch.setattr(kernels, "LENGTHS", (16, 32, 64))
     monkeypatch.setattr(kernels, "_peaks", lambda new, gpu: (1e7, 1e8))
