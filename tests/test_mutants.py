@@ -1,8 +1,10 @@
 """The conformance suite rejects every mutant, and accepts right implementations that are written
 differently. pytest's last lines say which promise rejected what."""
 
+from functools import lru_cache
+
 import pytest
-from conformance import check, online, other
+from conformance import check, online, other, recipe
 from conformance.conftest import load_implementation
 from conformance.contracts import PROMISES
 from conformance.laws import Fault, Lab, hold
@@ -39,6 +41,14 @@ ACCEPTED = [
     for operation, implementation in style.items()
     if operation in PROMISES
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def numbers_are_kept():
+    """Every mutant gets the same cases, of which the first few mostly do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "bell", lru_cache(512)(recipe.bell))
+        yield
 
 
 def rejected(operation: str, implementation, laws: tuple[str, ...] = ()) -> Fault | None:

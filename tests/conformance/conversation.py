@@ -164,25 +164,24 @@ class Pair:
 
 
 @functools.cache
-def _models(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A checkpoint in float64 and in a dtype, both of the rounded weights; nobody's to change."""
+def _loaded(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """A checkpoint in float64 and in a dtype, both of the rounded weights, and its processor;
+    nobody's to change."""
     from checkpoints import load
 
-    vlm, _ = load(folder, device="cpu", dtype=dtype)
-    return copy.deepcopy(vlm).double(), vlm
+    vlm, processor = load(folder, device="cpu", dtype=dtype)
+    return copy.deepcopy(vlm).double(), vlm, processor
 
 
 class Session:
     """A session under test, beside a `Pair` that goes through the same."""
 
     def __init__(self, lab: Lab, case: Case, beside: "Session | None" = None):
-        from checkpoints import load_processor
-
         c = self.case = SimpleNamespace(**case)
         self.dtype = getattr(torch, c.dtype)
         folder = ROOT / "tiny" if c.model == "tiny" else ROOT / "tests" / "golden" / c.model
-        exact, vlm = _models(folder, self.dtype)
-        self.processor = load_processor(folder)
+        exact, vlm, processor = _loaded(folder, self.dtype)
+        self.processor = copy.copy(processor)
         self.pair = Pair(Model(exact, self.processor), Model(vlm, self.processor))
         self.vlm = beside.vlm if beside else copy.deepcopy(vlm).to(lab.device)
         self.logits: list[Tensor] = []

@@ -82,7 +82,7 @@ def numbers(recipe: dict) -> Tensor:
         x = x & 15 if values == "codes" else (x + 2**31) % 2**32 - 2**31
         x = x * (2**31 + 1) if values == "words" and dtype == torch.int64 else x
     else:
-        x = VALUES[values](bell(seed, shape)) * recipe["size"]
+        x = VALUES[values](bell(seed, tuple(shape))) * recipe["size"]
     return x.to(dtype)
 
 
