@@ -246,15 +246,17 @@ def measure(
     questions: int,
     pages: tuple[int, ...] = (1, CLIP),
     first: int = 0,
+    kinds: tuple[str, ...] = KINDS,
 ) -> dict[str, float]:
     """Percentages of right answers by question kind and part, for one method; as many scenes of
-    each number of pages, from the `first` on. "needed, layer 1" and so on is the share of the
-    patches with the characters of look-ups' answers that a layer attends to. And what look-ups
-    cost, means: "entering" and "attended", visual tokens of a page that a layer reads in prefill
-    and for every generated token; "KV kB", kilobytes of keys and values, of text too, that all
-    layers read for it; "CPU ms", milliseconds of the processor for a page and its questions."""
+    each number of pages, from the `first` on; about a single page, questions of these kinds.
+    "needed, layer 1" and so on is the share of the patches with the characters of look-ups'
+    answers that a layer attends to. And what look-ups cost, means: "entering" and "attended",
+    visual tokens of a page that a layer reads in prefill and for every generated token; "KV kB",
+    kilobytes of keys and values, of text too, that all layers read for it; "CPU ms", milliseconds
+    of the processor for a page and its questions."""
     try:
-        return _measure(method.session(model_path, seed=first), questions, pages, first)
+        return _measure(method.session(model_path, seed=first), questions, pages, first, kinds)
     except Exception as error:
         if not isinstance(method.kind, str):
             raise
@@ -263,7 +265,11 @@ def measure(
 
 
 def _measure(
-    session: SparseVILA, questions: int, pages: tuple[int, ...], first: int
+    session: SparseVILA,
+    questions: int,
+    pages: tuple[int, ...],
+    first: int,
+    kinds: tuple[str, ...],
 ) -> dict[str, float]:
     right: dict[str, list[float]] = defaultdict(list)
     costs: dict[str, list[float]] = defaultdict(list)
@@ -273,7 +279,7 @@ def _measure(
         scene = make_scene(rng, count)
         images, began = to_images(render(scene, rng)), time.process_time()
         session.see(images)
-        for turn, kind in enumerate(rng.sample(KINDS, len(KINDS)) if count == 1 else ["page"]):
+        for turn, kind in enumerate(rng.sample(kinds, len(kinds)) if count == 1 else ["page"]):
             line = rng.choice(rng.choice(scene).lines)
             question, expected = question_and_answer(kind, scene, rng, line)
             answer = session.ask(question, max_new_tokens=32)

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_file
+import sparsevila
 from checkpoints import load
 from kernels import gather_tokens
 from model import KVCache
 from sparsevila import Dense, RetrievalCache, SparseVILA, keep_count
 
 QUESTIONS = ["how much is the coffee?", "what costs 3.10?", "what is on line 5?", "how many? é"]
+GROWS = 100  # tokens, that make buffers with 8 spare rows grow
 
 models = st.fixed_dictionaries(
     {
@@ -148,8 +150,9 @@ def test_the_step_that_a_gpu_replays_has_the_bits_of_reading(shape, options, spa
         session = kind(vlm, processor, decode_sparsity=sparsity, **options)
         with pytest.MonkeyPatch.context() as patch, Recorder(vlm) as recorder:
             patch.setattr(vlm, "_reader", reader)
+            patch.setattr(sparsevila, "SPARE_ROWS", 8)
             session.see(random_pictures(shape["seed"], 2))
-            answers = [session.ask(q, max_new_tokens=n) for q, n in zip(QUESTIONS, (9, 300))]
+            answers = [session.ask(q, max_new_tokens=n) for q, n in zip(QUESTIONS, (9, GROWS))]
         runs.append(([a.token_ids for a in answers], recorder.logits, session.cache))
     (tokens, logits, cache), (others, likewise, copy) = runs
     assert tokens == others and len(logits) == len(likewise) > 2
@@ -260,10 +263,12 @@ def test_after_forget_earlier_questions_leave_no_trace(shape, options, order, pr
     pictures = random_pictures(shape["seed"], 2)
     fresh, used = (SparseVILA(vlm, processor, **options) for _ in range(2))
     fresh.see(pictures)
-    used.see(pictures)
-    for question, tokens in zip(order[:-1], (400, 5, 5)):  # 400 make the buffers grow
-        used.ask(question, max_new_tokens=tokens)
-        used.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparsevila, "SPARE_ROWS", 8)
+        used.see(pictures)
+        for question, tokens in zip(order[:-1], (GROWS, 5, 5)):
+            used.ask(question, max_new_tokens=tokens)
+            used.forget()
     assert used.cache.length == fresh.cache.length
     assert_same_answer(bits_of_an_answer(used, order[-1]), bits_of_an_answer(fresh, order[-1]))
 
