@@ -139,6 +139,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding; on the meta device, where PyTorch would import its compiler for a second to
+    draw numbers that are not there, nothing is drawn."""
+
+    def reset_parameters(self) -> None:
+        """N(0, 1)."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 # --- vision tower ---------------------------------------------------------------------------------
 
 
@@ -161,7 +171,7 @@ class VisionTower(nn.Module):
             self.class_embedding = nn.Parameter(torch.randn(C))
             self.pre_layrnorm = nn.LayerNorm(C, config.eps)  # the checkpoints spell it so
         self.patch_embedding = nn.Conv2d(3, C, patch, patch, bias=not config.class_token)
-        self.position_embedding = nn.Embedding(self.summary_tokens + config.patches, C)
+        self.position_embedding = Embedding(self.summary_tokens + config.patches, C)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.layers))
         self.post_layernorm = nn.LayerNorm(C, config.eps) if config.last_norm else nn.Identity()
 
@@ -348,7 +358,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.embed_tokens = Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
 

@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kernels import linear
-from model import Config, Linear, TextConfig, VisionConfig, rotate
+from model import Config, Embedding, Linear, TextConfig, VisionConfig, rotate
 
 from . import networks, processor, values
 from .processor import Clip, Layout, View
@@ -147,7 +147,7 @@ class Tower(nn.Module):
         self.config, C, p = config, config.width, config.patch_size
         self.patch_embedding = nn.Conv3d(3, C, (2, p, p), (2, p, p), bias=not config.gated)
         if config.table:
-            self.position_embedding = nn.Embedding(config.table**2, C)
+            self.position_embedding = Embedding(config.table**2, C)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.post_layernorm = norm(config)
 

@@ -318,7 +318,7 @@ class Watch:
         return trace
 
 
-def test_comments_with_shapes():
+def test_comments_with_shapes(monkeypatch):
     """Sessions, quantisation and other methods; every comment must have been met."""
     vlm, processor = load(TINY, device="cpu")
     picture = TINY / "samples" / "receipt.png"
@@ -329,6 +329,8 @@ def test_comments_with_shapes():
             session.see([picture, picture])
             session.ask("how much is the coffee?", max_new_tokens=2)
         awq.dequantize_reference(*packed_linear())
+        awq.w4a16_matmul(torch.randn(3, 32).bfloat16(), *packed_linear(group=32))
+        monkeypatch.setattr(awq, "CPU_PLAIN", 0)
         awq.w4a16_matmul(torch.randn(3, 32).bfloat16(), *packed_linear(group=32))
         pictures, prompts, _ = quantise.calibration_set(None, None, 2)
         quantise.calibration(vlm, processor, pictures, prompts, 2)

@@ -21,7 +21,7 @@ FORWARDERS = {("sparsevila.py", "tools"), ("awq.py", "tools")}
 # Three are longer than planned: sparsevila.py (500) holds Algorithm 2 from the tower's queries on
 # and numbers the phases of a session; kernels.py (720) has the table that `linear` is chosen by;
 # awq.py (880) numbers the phases of its search and names what a fold is made of.
-MOST_LINES = {"sparsevila.py": 600, "model.py": 985, "kernels.py": 805, "awq.py": 1125}
+MOST_LINES = {"sparsevila.py": 600, "model.py": 995, "kernels.py": 805, "awq.py": 1125}
 
 
 def sources() -> list[Path]:
