@@ -1,5 +1,6 @@
 """The session and the command line: what they return, and what they refuse."""
 
+import io
 import itertools
 import json
 import os
@@ -7,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
@@ -538,11 +539,9 @@ def test_an_output_that_cannot_show_a_character_loses_nothing_else(tmp_path, enc
         (["--ask", "什么 7?", "--overlay", picture], ["?? 7?", "dense", "weights:"]),
         (["--chat"], ["> ", "\n"]),
     ):
-        done = subprocess.run(
-            [sys.executable, "sparsevila.py", *map(str, options)], cwd=ROOT, capture_output=True,
-            env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"},
-            input=b"" if "--ask" in options else "什么 7?\n".encode(),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert all(word in done.stdout.decode(encoding) for word in words)
+        typed, printed = b"" if "--ask" in options else "什么 7?\n".encode(), io.BytesIO()
+        streams = [io.TextIOWrapper(x, encoding, "strict") for x in (io.BytesIO(typed), printed)]
+        with patch("sys.stdin", streams[0]), redirect_stdout(streams[1]):
+            ask.main(list(map(str, options)))
+        assert all(word in printed.getvalue().decode(encoding) for word in words)
     assert picture.exists()
