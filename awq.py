@@ -277,7 +277,8 @@ def _kept(make: Callable, dtype: torch.dtype, *packed: Tensor):
     source = make, dtype, [(id(t), t.data_ptr(), t._version) for t in packed]
     made_of, made, *_ = _KEPT.get(packed[0], (None, None))
     if made_of != source:
-        made = make(dtype, *packed)
+        with torch.inference_mode(False):  # it may be used where gradients are wanted
+            made = make(dtype, *packed)
         _KEPT[packed[0]] = source, made, *packed[1:]  # held, so that no id is used again
     return made
 

@@ -196,9 +196,12 @@ def test_a_cpu_keeps_small_matrices_with_the_bits_of_dequantize(multiplied, monk
     monkeypatch.setattr(awq, "_cpu_blocks_matmul", None)
     monkeypatch.setattr(awq, "_multiplied", lambda dtype: multiplied)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.eye(72).to(dtype)
+        x, weight = torch.eye(72).to(dtype), exact.half().to(dtype)
         for rows in (x, x[5:6]):
-            assert torch.equal(awq.w4a16_matmul(rows, *tensors), rows @ exact.half().to(dtype))
+            with torch.inference_mode():
+                assert torch.equal(awq.w4a16_matmul(rows, *tensors), rows @ weight)
+        x = x.requires_grad_()
+        assert torch.equal(awq.w4a16_matmul(x, *tensors), weight)  # no inference tensor was kept
     monkeypatch.setattr(awq, "CPU_PLAIN", exact.numel() - 1)
     with pytest.raises(TypeError, match="not callable"):
         awq.w4a16_matmul(x, *tensors)
