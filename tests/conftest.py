@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -177,6 +178,17 @@ def command_line(main: Callable, *arguments, stdin: str = "", cwd: Path | None =
     finally:
         os.chdir(before)
     return Ran(status, out.getvalue(), err.getvalue())
+
+
+def python(arguments: list[str]) -> None:
+    """`python ARGUMENTS` in the repository's folder, in this process; a `main` for
+    `command_line`."""
+    module = arguments[0] == "-m"
+    with patch("sys.argv", arguments[module:]), patch("sys.path", [str(ROOT), *sys.path]):
+        if module:
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

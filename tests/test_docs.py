@@ -9,7 +9,6 @@ import inspect
 import itertools
 import random
 import re
-import runpy
 import sys
 import tokenize
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, python
 from torch import Tensor
 
 import awq
@@ -414,12 +413,8 @@ def test_every_option_has_a_sentence_and_its_default(command, monkeypatch):
         raise Parsed(parser)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(sys, "argv", [command])
     with pytest.raises(Parsed) as caught:
-        if command.endswith(".py"):
-            runpy.run_path(str(TINY.parent / command), run_name="__main__")
-        else:
-            runpy.run_module(command, run_name="__main__", alter_sys=True)
+        python([command] if command.endswith(".py") else ["-m", command])
     parsers, checked = [caught.value.args[0]], 0
     for parser in parsers:
         for action in parser._actions:

@@ -4,17 +4,15 @@ smaller; the README's sample output, length and line counts are true, and so are
 
 import importlib.util
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, command_line
+from conftest import ROOT, command_line, python
 from test_house import MOST_LINES
 
 from bench import __main__ as bench
@@ -132,13 +130,6 @@ MADE = {  # in the folder, before a command that reads it
     "page.png": "tiny/scenes.py {}",
     "quantised": "awq.py tiny {} --group-size 32 --samples 2",
 }
-
-
-def python(arguments: list[str]) -> None:
-    """`python ARGUMENTS` in this process: to start another, with torch, would take seconds."""
-    module = arguments[0] == "-m"
-    with patch("sys.argv", arguments[module:]), patch("sys.path", [str(ROOT), *sys.path]):
-        (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("command", HERE_RUN)
