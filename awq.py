@@ -42,8 +42,9 @@ except (ImportError, AttributeError):  # none, or one before 3.4: PyTorch everyw
 # On a GPU, with more rows: dequantise once, then the library's matmul. At 256 rows of an H100 both
 # take as long, whatever the tiles.
 DEQUANTIZE_ROWS = 128
-CPU_INT4_ROWS = 64  # on a CPU, with at most that many bfloat16 rows: PyTorch's own int4 kernel
+CPU_INT4_ROWS = 32  # on a CPU, with at most that many bfloat16 rows: PyTorch's own int4 kernel
 CPU_PLAIN = 2**21  # on a CPU, a matrix of at most that many weights is kept dequantised
+INT8_ROWS = 1024  # without our kernels, at a time: to ask for larger tensors takes longer
 
 
 # --- numbers and file format ----------------------------------------------------------------------
@@ -178,9 +179,9 @@ def w4a16_matmul(
     On a CPU small matrices are dequantised at the first call, and kept: to start a product takes
     longer than to read them. Of others, few bfloat16 rows take PyTorch's int4 kernel, which rounds
     scales, weights and sums to bfloat16 one after the other: errors of up to 2^-7 of a weight and
-    2^-15 scales on top. Everything else is dequantised, block by block of columns, and multiplied
+    2^-15 scales on top. Everything else is dequantised, block by block of inputs, and multiplied
     while the processor's cache holds it; in float32 where there are no products in x's dtype, and
-    then W is not rounded to that.
+    then W is not rounded to that. For bfloat16 rows it is not rounded to float16 either.
     """
     inputs, outputs, group = _check_packed(qweight, qzeros, scales)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1:] != (inputs,):
@@ -199,7 +200,7 @@ def w4a16_matmul(
     few = 0 < len(rows) <= DEQUANTIZE_ROWS
     if _on_triton(x) and few and x.dtype != torch.float32 and _block_in(group):
         y = _w4a16_matmul_triton(rows, qweight, qzeros, scales, bias)
-    elif rows.device.type == "cpu" and len(rows):
+    elif x.is_cpu and len(rows):
         y = _cpu_matmul(rows, qweight, qzeros, scales)
         y = y if bias is None else y.add_(bias)
     else:
@@ -219,7 +220,8 @@ def w4a16_matmul_reference(
 
 # --- the product: on a CPU ------------------------------------------------------------------------
 
-CPU_BLOCK = 2**21  # weights that are dequantised at a time: 8 MB in float32
+CPU_BLOCK = 2**20  # weights that are dequantised at a time: 4 MB in float32
+CPU_WORDS = 512  # of a row at a time, 4096 outputs: sums for more of them leave the cache
 
 
 def _cpu_matmul(x: Tensor, *packed: Tensor) -> Tensor:
@@ -227,45 +229,78 @@ def _cpu_matmul(x: Tensor, *packed: Tensor) -> Tensor:
     (inputs, words), groups = packed[0].shape, len(packed[2])
     kept = not any(tensor.is_inference() for tensor in packed)  # such tensors count no versions
     if kept and 8 * inputs * words <= CPU_PLAIN:
-        weight = _kept(_plain_weight, x.dtype, *packed)
-        wide = x if len(x) == 1 or _multiplied(x.dtype) else x.float()
-        return nn.functional.linear(wide, weight.to(wide.dtype)).to(x.dtype)
+        return _cpu_plain_matmul(x, _kept(_plain_weight, x.dtype, *packed))
     few = x.dtype == torch.bfloat16 and len(x) <= CPU_INT4_ROWS
     if kept and few and words % 2 == 0 and inputs // groups in (32, 64, 128, 256):
         return _cpu_int4_matmul(x, *packed)
-    return _cpu_blocks_matmul(x, *packed)
+    widths = CPU_WORDS, CPU_WORDS, 8 * CPU_WORDS
+    parts = zip(*(tensor.split(width, 1) for tensor, width in zip(packed, widths)))
+    return torch.cat([_cpu_blocks_matmul(x, *part) for part in parts], 1)
 
 
 def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
     return dequantize(*packed).to(dtype).T.contiguous()  # (outputs, inputs)
 
 
-def _cpu_blocks_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """x (rows, inputs) times the weights, whose bits are those of `dequantize`, a block of columns
-    after the other. PyTorch's embedding tables unpack bytes, low half first: byte 2 s + t of a word
-    (s, t in 0, 1) holds column 4 t + s of eight and, u = 1, column 4 t + 2 u + s."""
-    (inputs, words), groups = qweight.shape, len(scales)
-
-    def codes(words: Tensor) -> Tensor:
-        table = words.new_empty(len(words), words.shape[1] + 1)
-        table[:, :-1], table[:, -1] = words, 0x3C00  # each row's scale 1 and offset 0, in float16
-        return torch.ops.quantized.embedding_bag_4bit_unpack(table.view(torch.uint8))  # float32
-
-    def by_bytes(columns: Tensor) -> Tensor:  # from (word, t, u, s) to (word, s, t, u)
-        return columns.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3)
-
-    y, step = x.new_empty(len(x), 8 * words), min(words, max(8, CPU_BLOCK // 8 // inputs))
+def _cpu_plain_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, inputs) times weight (outputs, inputs). More rows than one in four parts, which MKL
+    spreads over the cores even if they are few."""
+    if len(x) == 1 and x.dtype != torch.float32:
+        return nn.functional.linear(x, weight)
     wide = x if _multiplied(x.dtype) else x.float()
-    half = scales.new_empty(inputs, 8 * step)  # once: fresh memory costs more than a pass
-    for start in range(0, words, step):
-        block, zeros = (codes(each[:, start : start + step]) for each in (qweight, qzeros))
-        here = slice(8 * start, 8 * (start + step))
-        scale = by_bytes(scales[:, here]).float().reshape(groups, 1, -1)
-        weight = block.unflatten(0, (groups, -1)).sub_(zeros[:, None]).mul_(scale).flatten(0, 1)
-        weight.copy_(half[:, : weight.shape[1]].copy_(weight))
-        product = wide @ weight.to(wide.dtype)
-        by_bytes(y[:, here]).copy_(product.unflatten(1, (-1, 2, 2, 2)))
-    return y
+    parts = weight.to(wide.dtype).view(4, -1, x.shape[1])
+    y = wide.expand(4, -1, -1) @ parts.mT
+    return y.transpose(0, 1).flatten(1).to(x.dtype)
+
+
+def _cpu_blocks_matmul(x: Tensor, *packed: Tensor) -> Tensor:
+    """x (rows, inputs) times the weights, dequantised a block after the other."""
+    inputs, words = packed[0].shape
+    wide = x if _multiplied(x.dtype) else x.float()
+    blocks = _blocks(*packed, rounded=x.dtype != torch.bfloat16)
+    if wide.dtype == torch.float32:
+        y = wide.new_zeros(4, len(x), 2 * words)
+        for here, block in blocks:
+            y.baddbmm_(wide[:, here].expand(4, -1, -1), block)
+    else:  # products of blocks would be rounded to 16 bits before they are added up
+        weight = wide.new_empty(4, inputs, 2 * words)
+        for here, block in blocks:
+            weight[:, here] = block
+        y = wide @ weight
+    return y.unflatten(2, (words, 2)).permute(1, 2, 0, 3).flatten(1).to(x.dtype)
+
+
+def _blocks(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, rounded: bool
+) -> Iterator[tuple[slice, Tensor]]:
+    """The weights of some groups after the other, in the same memory: of which inputs, and (4, n,
+    outputs / 4) float32, where [t] are columns 2 t and 2 t + 1 of every eight, rounded as in
+    `dequantize` or not at all.
+
+    Four bits in the last place of the float16 1024 make 1024 + code. Two such numbers are made at a
+    time, of bits 4 t to 4 t + 3 of a word and of those 16 above. A weight is number * scale - (1024
+    + zero) * scale: in float32 both products and the difference are exact."""
+    (inputs, words), groups = qweight.shape, len(scales)
+    group = inputs // groups
+    step = group * max(1, CPU_BLOCK // max(1, 8 * words * group))
+    shifts = qweight.new_tensor([0, 4, 8, 12])[:, None, None]
+
+    def numbers(packed: Tensor, out: Tensor | None = None) -> Tensor:  # (4, n, outputs / 4) float16
+        out = torch.bitwise_right_shift(packed, shifts, out=out)
+        return out.bitwise_and_(0x000F000F).bitwise_or_(0x64006400).view(torch.float16)
+
+    scale = scales.unflatten(1, (words, 4, 2)).permute(2, 0, 1, 3).flatten(2).float()
+    offset = -scale * numbers(qzeros)  # (4, groups, outputs / 4)
+    halves = qweight.new_empty(4, min(step, inputs), words)
+    floats = scale.new_empty(4, min(step, inputs), 2 * words)
+    for start in range(0, inputs, step):
+        here = slice(start, min(start + step, inputs))
+        n, of = here.stop - start, slice(start // group, here.stop // group)
+        half = numbers(qweight[here], halves[:, :n])
+        block = floats[:, :n].copy_(half)
+        groupwise = block.unflatten(1, (-1, group))
+        torch.addcmul(offset[:, of, None], groupwise, scale[:, of, None], out=groupwise)
+        yield here, block.copy_(half.copy_(block)) if rounded else block
 
 
 _KEPT = WeakTensorKeyDictionary()  # qweight -> (what it was made of and how, what was made)
@@ -716,11 +751,14 @@ class W8A8Linear(_Packed):
         rows = x.reshape(-1, x.shape[-1])
         if _on_triton(x) and len(rows):
             y = _w8a8_matmul_triton(rows, self.weight, self.weight_scale, self.bias)
-            return y.view(*x.shape[:-1], len(self.weight))
+        else:
+            y = torch.cat([self._product(part).to(x.dtype) for part in rows.split(INT8_ROWS)])
+        return y.view(*x.shape[:-1], len(self.weight))
+
+    def _product(self, rows: Tensor) -> Tensor:
         codes, scale = _to_int8(rows)
         y = (_int8_matmul(codes, self.weight) * self.weight_scale).mul_(scale[:, None])
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight.shape

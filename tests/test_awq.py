@@ -176,17 +176,22 @@ def test_activations_of_any_strides(strided, dtype):
 
 
 @pytest.mark.parametrize("multiplied", [False, True])
-@pytest.mark.parametrize("K, N, g", [(64, 8, 32), (96, 200, 32), (72, 136, 72), (256, 72, 64)])
+@pytest.mark.parametrize(
+    "K, N, g", [(64, 8, 32), (96, 200, 32), (72, 136, 72), (256, 72, 64), (384, 16, 384)]
+)
 def test_a_cpu_multiplies_blocks_with_the_bits_of_dequantize(K, N, g, multiplied, monkeypatch):
-    """Blocks of 64 columns and a rest; a row of the unit matrix takes one weight of each column."""
+    """Blocks of 128 columns and a rest, and of some 64 inputs or a larger group; a row of the unit
+    matrix takes one weight of each column. In bfloat16 they are not rounded to float16 before."""
     *tensors, exact = packed(K, N, g)
-    monkeypatch.setattr(awq, "CPU_BLOCK", 64 * K)
+    monkeypatch.setattr(awq, "CPU_WORDS", 16)
+    monkeypatch.setattr(awq, "CPU_BLOCK", 64 * min(N, 128))
     monkeypatch.setattr(awq, "CPU_INT4_ROWS", 0)
     monkeypatch.setattr(awq, "CPU_PLAIN", 0)
     monkeypatch.setattr(awq, "_multiplied", lambda dtype: multiplied)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         y = awq.w4a16_matmul(torch.eye(K).to(dtype), *tensors)
-        assert torch.equal(y, exact.half().to(dtype))
+        weight = exact if dtype == torch.bfloat16 else exact.half()
+        assert torch.equal(y, weight.to(dtype))
 
 
 @pytest.mark.parametrize("multiplied", [False, True])

@@ -331,6 +331,7 @@ def test_comments_with_shapes(monkeypatch):
         awq.w4a16_matmul(torch.randn(3, 32).bfloat16(), *packed_linear(group=32))
         monkeypatch.setattr(awq, "CPU_PLAIN", 0)
         awq.w4a16_matmul(torch.randn(3, 32).bfloat16(), *packed_linear(group=32))
+        awq.w4a16_matmul(torch.randn(3, 32), *packed_linear(group=32))
         pictures, prompts, _ = quantise.calibration_set(None, None, 2)
         quantise.calibration(vlm, processor, pictures, prompts, 2)
         block, calls = vlm.decoder.layers[0], [(torch.randn(1, 9, 128),)]
