@@ -243,8 +243,8 @@ def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
 
 
 def _cpu_plain_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, inputs) times weight (outputs, inputs). More rows than one in four parts, which MKL
-    spreads over the cores even if they are few."""
+    """x (rows, inputs) times weight (outputs, inputs): a row of 16 bits by PyTorch's own loops,
+    everything else in four parts, which MKL spreads over the cores even if rows are few."""
     if len(x) == 1 and x.dtype != torch.float32:
         return nn.functional.linear(x, weight)
     wide = x if _multiplied(x.dtype) else x.float()
