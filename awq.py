@@ -283,7 +283,7 @@ def _blocks(
     (inputs, words), groups = qweight.shape, len(scales)
     group = inputs // groups
     step = group * max(1, CPU_BLOCK // max(1, 8 * words * group))
-    shifts = qweight.new_tensor([0, 4, 8, 12])[:, None, None]
+    shifts = _shifts(qweight)[::2, None, None]  # of columns 0, 2, 4 and 6
 
     def numbers(packed: Tensor, out: Tensor | None = None) -> Tensor:  # (4, n, outputs / 4) float16
         out = torch.bitwise_right_shift(packed, shifts, out=out)
