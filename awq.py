@@ -22,6 +22,7 @@ turn, E decoder width. A Linear's weight is (outputs, inputs), as in PyTorch; th
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -196,17 +196,14 @@ def w4a16_matmul(
     for tensor in (qweight, qzeros, scales, x if bias is None else bias):
         if tensor.device != x.device:
             raise ValueError(f"tensors must be on x's device {x.device}, got {tensor.device}")
-    rows = x.reshape(-1, inputs)
-    few = 0 < len(rows) <= DEQUANTIZE_ROWS
+    few = 0 < x.numel() <= DEQUANTIZE_ROWS * inputs
     if _on_triton(x) and few and x.dtype != torch.float32 and _block_in(group):
-        y = _w4a16_matmul_triton(rows, qweight, qzeros, scales, bias)
-    elif x.is_cpu and len(rows):
-        y = _cpu_matmul(rows, qweight, qzeros, scales)
-        y = y if bias is None else y.add_(bias)
-    else:
-        weight = dequantize(qweight, qzeros, scales).to(x.dtype)
-        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    return y.view(*x.shape[:-1], outputs)
+        y = _w4a16_matmul_triton(x.reshape(-1, inputs), qweight, qzeros, scales, bias)
+        return y.view(*x.shape[:-1], outputs)
+    if x.is_cpu and x.numel():
+        return _cpu_matmul(x, bias, qweight, qzeros, scales)
+    weight = dequantize(qweight, qzeros, scales).to(x.dtype)
+    return nn.functional.linear(x, weight.T, bias)
 
 
 def w4a16_matmul_reference(
@@ -224,18 +221,26 @@ CPU_BLOCK = 2**20  # weights that are dequantised at a time: 4 MB in float32
 CPU_WORDS = 512  # of a row at a time, 4096 outputs: sums for more of them leave the cache
 
 
-def _cpu_matmul(x: Tensor, *packed: Tensor) -> Tensor:
-    """x (rows, inputs) times the weights (qweight, qzeros, scales), as `w4a16_matmul` says."""
-    (inputs, words), groups = packed[0].shape, len(packed[2])
-    kept = not any(tensor.is_inference() for tensor in packed)  # such tensors count no versions
-    if kept and 8 * inputs * words <= CPU_PLAIN:
-        return _cpu_plain_matmul(x, _kept(_plain_weight, x.dtype, *packed))
-    few = x.dtype == torch.bfloat16 and len(x) <= CPU_INT4_ROWS
-    if kept and few and words % 2 == 0 and inputs // groups in (32, 64, 128, 256):
-        return _cpu_int4_matmul(x, *packed)
-    widths = CPU_WORDS, CPU_WORDS, 8 * CPU_WORDS
-    parts = zip(*(tensor.split(width, 1) for tensor, width in zip(packed, widths)))
-    return torch.cat([_cpu_blocks_matmul(x, *part) for part in parts], 1)
+def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
+    """x (..., inputs) times the weights (qweight, qzeros, scales), as `w4a16_matmul` says."""
+    (inputs, words), plain = packed[0].shape, None
+    keep = not any(map(Tensor.is_inference, packed))  # such tensors count no versions
+    if keep and 8 * inputs * words <= CPU_PLAIN:
+        plain = _kept(_plain_weight, x.dtype, *packed)
+        if x.numel() == inputs and x.dtype != torch.float32:  # PyTorch's own loops
+            return nn.functional.linear(x, plain, bias)
+    rows = x.reshape(-1, inputs)
+    few = x.dtype == torch.bfloat16 and len(rows) <= CPU_INT4_ROWS
+    if plain is not None:
+        y = _cpu_plain_matmul(rows, plain)
+    elif keep and few and words % 2 == 0 and inputs // len(packed[2]) in (32, 64, 128, 256):
+        y = _cpu_int4_matmul(rows, *packed)
+    else:
+        widths = CPU_WORDS, CPU_WORDS, 8 * CPU_WORDS
+        parts = zip(*(tensor.split(width, 1) for tensor, width in zip(packed, widths)))
+        y = torch.cat([_cpu_blocks_matmul(rows, *part) for part in parts], 1)
+    y = y if bias is None else y.add_(bias)
+    return y.view(*x.shape[:-1], 8 * words)
 
 
 def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
@@ -243,10 +248,8 @@ def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
 
 
 def _cpu_plain_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, inputs) times weight (outputs, inputs): a row of 16 bits by PyTorch's own loops,
-    everything else in four parts, which MKL spreads over the cores even if rows are few."""
-    if len(x) == 1 and x.dtype != torch.float32:
-        return nn.functional.linear(x, weight)
+    """x (rows, inputs) times weight (outputs, inputs), in four parts, which MKL spreads over the
+    cores even if rows are few."""
     wide = x if _multiplied(x.dtype) else x.float()
     parts = weight.to(wide.dtype).view(4, -1, x.shape[1])
     y = wide.expand(4, -1, -1) @ parts.mT
@@ -303,18 +306,19 @@ def _blocks(
         yield here, block.copy_(half.copy_(block)) if rounded else block
 
 
-_KEPT = WeakTensorKeyDictionary()  # qweight -> (what it was made of and how, what was made)
+_KEPT: dict[int, tuple] = {}  # id(qweight) -> (what it was made of and how, what was made)
 
 
 def _kept(make: Callable, dtype: torch.dtype, *packed: Tensor):
     """make(dtype, *packed), kept until one of the tensors is replaced or changed (unless through
     `.data` or numpy, which PyTorch does not see)."""
     source = make, dtype, [(id(t), t.data_ptr(), t._version) for t in packed]
-    made_of, made, *_ = _KEPT.get(packed[0], (None, None))
+    made_of, made, *_ = _KEPT.get(id(packed[0]), (None, None))
     if made_of != source:
         with torch.inference_mode(False):  # it may be used where gradients are wanted
             made = make(dtype, *packed)
-        _KEPT[packed[0]] = source, made, *packed[1:]  # held, so that no id is used again
+        _KEPT[id(packed[0])] = source, made, *packed[1:]  # held, so that no id is used again
+        weakref.finalize(packed[0], _KEPT.pop, id(packed[0]), None)
     return made
 
 
@@ -615,9 +619,7 @@ def _check_packed(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[int,
     """Refuse what is not a Linear in the "gemm" layout; its inputs, outputs and group size."""
     right = (qweight.dtype, qzeros.dtype, scales.dtype) == (torch.int32, torch.int32, torch.float16)
     matrices = qweight.dim() == qzeros.dim() == scales.dim() == 2
-    (inputs, words), (groups, outputs) = (
-        t.shape if matrices else (0, 0) for t in (qweight, scales)
-    )
+    (inputs, words), (groups, outputs) = (qweight.shape, scales.shape) if matrices else [(0, 0)] * 2
     fits = groups and inputs % groups == 0 and qzeros.shape == (groups, words)
     if right and fits and words * 8 == outputs:
         return inputs, outputs, inputs // groups

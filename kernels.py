@@ -663,8 +663,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Source: our choice.
     """
     outputs, inputs = weight.shape
-    same_on_cpu = weight.device.type == "cpu" and weight.dtype == x.dtype
-    if not same_on_cpu or torch.is_grad_enabled():
+    if not weight.is_cpu or weight.dtype != x.dtype or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     if x.numel() > inputs and not _multiplied(x.dtype):
         wide, y = x.float(), x.new_empty(*x.shape[:-1], outputs)

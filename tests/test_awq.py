@@ -231,6 +231,10 @@ def test_weights_that_a_cpu_keeps_are_made_anew_from_new_codes(kept, monkeypatch
     assert torch.allclose(doubled.float(), 2 * after.float())
     scales *= 4
     assert torch.allclose(awq.w4a16_matmul(x, qweight, qzeros, scales).float(), 4 * after.float())
+    where = id(qweight)
+    assert where in awq._KEPT
+    del qweight
+    assert where not in awq._KEPT  # nor is what was made of it
 
 
 def test_matmul_refuses_what_does_not_fit():
