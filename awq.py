@@ -971,7 +971,7 @@ def fold(
 @torch.no_grad()
 def quantize(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[dict[str, Tensor]],
     *,
     group_size: int = 128,
     grid: int = 20,
@@ -988,8 +988,8 @@ def quantize(
     Args:
         model: a `model.VLM`, or any module with `decoder.layers` of Llama blocks, called with
             (x, layer, ...) and named like those of model.py.
-        batches: calibration rows, what `model(...)` takes: embeddings (1, T, E) as `VLM.embed`
-            makes them, visual rows among them.
+        batches: what `model(**batch)` takes, calibration rows: embeddings (1, T, E) as `VLM.embed`
+            makes them, visual rows among them, and, for M-RoPE, their positions.
         group_size: as in `quantize_groups`; divides the inputs of every Linear.
         grid, clip: how many alphas `search_scale` tries; whether `search_clip` runs. With 1 and
             False every weight is rounded to nearest.
@@ -1072,7 +1072,7 @@ class _Stop(Exception):
     """Ends a forward pass when its arguments have been seen."""
 
 
-def _first_calls(model: nn.Module, block: nn.Module, batches: Iterable[Tensor]) -> Calls:
+def _first_calls(model: nn.Module, block: nn.Module, batches: Iterable[dict]) -> Calls:
     """The arguments with which every batch reaches the first block."""
     calls: Calls = []
 
@@ -1083,7 +1083,7 @@ def _first_calls(model: nn.Module, block: nn.Module, batches: Iterable[Tensor]) 
     with _hooked(block.register_forward_pre_hook(record)):
         for batch in batches:
             with suppress(_Stop):
-                model(batch)
+                model(**batch)
     if not calls:
         raise ValueError("batches must hold at least one batch, got none")
     return calls

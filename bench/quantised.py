@@ -102,8 +102,8 @@ def make_variant(name: str, source: Path, target: Path, group_size: int = 32) ->
     return target
 
 
-def calibrate(model: VLM, processor: Processor) -> tuple[list[Tensor], list[Tensor]]:
-    """Pixels and embeddings as `python awq.py` takes them by default."""
+def calibrate(model: VLM, processor: Processor) -> tuple[list[Tensor], list[dict]]:
+    """Pixels and turns as `python awq.py` takes them by default."""
     pictures, prompts, _ = quantise.calibration_set(None, None, CALIBRATION_TURNS)
     return quantise.calibration(model, processor, pictures, prompts, CALIBRATION_TURNS)
 

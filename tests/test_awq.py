@@ -399,7 +399,7 @@ def multimodal_batches(vlm, processor, count=3):
         ids = processor.context([len(visual)]) + processor.question(
             f"what is {number}?", first=True
         )
-        batches.append(vlm.embed(ids, visual))
+        batches.append({"embeddings": vlm.embed(ids, visual)})
     return batches
 
 
@@ -417,7 +417,7 @@ def test_quantize_replaces_the_decoders_linears_and_nothing_else(group, bias):
     vlm, processor = random_model(3, group=group, qkv_bias=bias)
     before = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
     batches, done = multimodal_batches(vlm, processor), []
-    dense = [vlm(batch) for batch in batches]
+    dense = [vlm(**batch) for batch in batches]
     awq.quantize(vlm, batches, group_size=16, on_block=lambda *n: done.append(n))
     layers = vlm.config.text.layers
     assert done == [(n + 1, layers) for n in range(layers)]
@@ -432,7 +432,7 @@ def test_quantize_replaces_the_decoders_linears_and_nothing_else(group, bias):
     hooks = [m for m in vlm.modules() if m._forward_pre_hooks or m._forward_hooks]
     assert not hooks
     for batch, expected in zip(batches, dense):  # close, on what it was calibrated on
-        logits = vlm(batch)
+        logits = vlm(**batch)
         assert float((logits - expected).norm() / expected.norm()) < 0.35
 
 
@@ -662,7 +662,7 @@ def test_a_checkpoint_reads_back_with_the_same_bits(tmp_path, parts, dtype):
     again = load_model(tmp_path / "target", device="cpu")
     a, b = vlm.state_dict(), again.state_dict()
     assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
-    assert same_bits(vlm(batches[0]), again(batches[0]))
+    assert same_bits(vlm(**batches[0]), again(**batches[0]))
     files = sorted(file.name for file in (tmp_path / "target").glob("*.safetensors*"))
     assert len(files) == (1 if parts == 1 else parts + 1)
     kept = {k for f in (tmp_path / "target").glob("*.safetensors") for k in load_file(f)}

@@ -556,6 +556,27 @@ def test_every_family_can_be_quantised_and_read_back(name, tmp_path):
     assert session.ask("what?", max_new_tokens=3).token_ids
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calibration_reads_what_a_session_reads(name):
+    """The same rows at the same positions, on all three axes where there are three; the answer's
+    last token, which a session does not read, comes behind them."""
+    vlm, processor = load(GOLDEN / name, device="cpu")
+    picture, read = random_pictures(0, 1, side=60), []
+    hook = vlm.decoder.register_forward_pre_hook(lambda _, args: read.append(args[:2]))
+    session = SparseVILA(vlm, processor, prefill_sparsity=0.75, decode_sparsity=0)
+    session.see(picture)
+    session.ask("what?", max_new_tokens=32)
+    hook.remove()
+    rows = torch.cat([embeddings for embeddings, _ in read], 1)
+    _, (batch,) = quantise.calibration(vlm, processor, picture, ["what?"], 1)
+    axes = batch["positions"].shape[:-1]
+    positions = torch.cat([x.expand(*axes, -1) for _, x in read], -1)
+    assert torch.equal(batch["embeddings"][:, : rows.shape[1]], rows)
+    assert torch.equal(batch["positions"][..., : rows.shape[1]], positions)
+    assert batch["embeddings"].shape[1] == batch["positions"].shape[-1] > rows.shape[1]
+    assert ("qwen" in name) == (axes == (3,))
+
+
 def test_the_benchmark_writes_a_model_that_runs(tmp_path, monkeypatch):
     """`python -m bench make` in small, and the sizes of the real one."""
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -176,6 +176,6 @@ def test_calibration_reads_the_most_salient_quarter(family):
         views = processor.views([picture])
         text = len(processor.context([0], views))
         text += len(processor.question("what?", first=True, views=views))
-        answer = batch.shape[1] - text - keep_count(n, 0.75)
+        answer = batch["embeddings"].shape[1] - text - keep_count(n, 0.75)
         assert 1 <= answer <= 32
     assert [p.shape[-2:] for p in pixels] == [(40, 40), (16, 64), (48, 8), (24, 24)]

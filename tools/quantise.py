@@ -23,7 +23,7 @@ from checkpoints import fetch, load, open_folder
 from checkpoints.processor import Processor, open_picture
 from checkpoints.values import Folder
 from checkpoints.weights import Names, is_unused, progress, translate, weight_files
-from model import VLM
+from model import VLM, KVCache
 from sparsevila import SparseVILA
 from tiny.scenes import kinds_of, make_scene, question_and_answer, render, to_images
 
@@ -97,8 +97,9 @@ def calibration_set(
 
 def calibration(
     model: VLM, processor: Processor, pictures: list, prompts: list[str], samples: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Pixels, and embeddings (1, T, E) of whole turns: picture, prompt and the model's own answer.
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Pixels, and whole turns, picture, prompt and the model's own answer, as arguments of the
+    model: embeddings (1, T, E), and positions as a session gives them, (T,) or, M-RoPE, (3, T).
     Pictures and prompts are taken in turn, as often as needed. Of the visual tokens the most
     salient quarter is read, as SparseVILA's decoder does; with all of them the search would serve
     the background of the pictures more than the text."""
@@ -112,11 +113,16 @@ def calibration(
         features, kept = session.prune(features, salience)
 
         # 2. A question about it, and the model's own answer.
-        ids = processor.layout(views, sizes, kept, session.positions).ids
-        ids += processor.question(prompts[number % len(prompts)], first=True, views=views)
-        asked = model.embed(ids, model.project(torch.cat(features)))
-        answer = model.generate(asked, max_new_tokens=32)
-        batches.append(torch.cat([asked, model.embed(answer)], 1))
+        ids, positions, after = processor.layout(views, sizes, kept, session.positions)
+        context = model.embed(ids, model.project(torch.cat(features)))
+        question = processor.question(prompts[number % len(prompts)], first=True, views=views)
+        asked, cache = model.embed(question), KVCache(model.config.text.layers)
+        model.read(context, cache, positions=positions, next_position=after)
+        answer = model.generate(asked, cache=cache, max_new_tokens=32)
+        embeddings = torch.cat([context, asked, model.embed(answer)], 1)
+        text = torch.arange(after, after + len(question) + len(answer))
+        text = text.expand(*positions.shape[:-1], -1)  # the same on all axes
+        batches.append({"embeddings": embeddings, "positions": torch.cat([positions, text], -1)})
     return pixels, batches
 
 
