@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-BLOCK = 48
+BLOCK = 144
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool, scale: float | None):

@@ -26,6 +26,8 @@ SIZES = (
 
 # --- numbers --------------------------------------------------------------------------------------
 
+PART = 2**17  # words at a time: to ask for larger tensors, step after step, takes longer
+
 
 def mixed(x: Any) -> Any:
     """A 32-bit integer -> another that looks random, in Python or in an int64 tensor. Source: the
@@ -45,11 +47,13 @@ def words(seed: int, count: int) -> Tensor:
 def bell(seed: int, shape: Sequence[int]) -> Tensor:
     """Numbers of mean 0, spread 1.15 and size below 4, float64: element i in row-major order is (b0
     + b1 + b2 + b3 - 510 + w / 2^32) / 128, b0 .. b3 the bytes of word 2 i and w word 2 i + 1."""
-    count = math.prod(shape)
-    w = words(seed, 2 * count).view(count, 2)
-    pairs = (w[:, 0] & 0xFF00FF) + (w[:, 0] >> 8 & 0xFF00FF)  # b0 + b1, and b2 + b3
-    total = (pairs & 0xFFFF) + (pairs >> 16) - 510
-    return ((total + w[:, 1].double() / 2**32) / 128).view(*shape)
+    first, parts = mixed(seed), []
+    for i in torch.arange(2 * math.prod(shape)).split(PART):
+        w = mixed(first + i).view(-1, 2)
+        pairs = (w[:, 0] & 0xFF00FF) + (w[:, 0] >> 8 & 0xFF00FF)  # b0 + b1, and b2 + b3
+        total = (pairs & 0xFFFF) + (pairs >> 16) - 510
+        parts.append((total + w[:, 1].double() / 2**32) / 128)
+    return torch.cat(parts).view(*shape)
 
 
 def _steps(z: Tensor) -> Tensor:
