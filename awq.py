@@ -201,8 +201,7 @@ def w4a16_matmul(
         y = _w4a16_matmul_triton(x.reshape(-1, inputs), qweight, qzeros, scales, bias)
         return y.view(*x.shape[:-1], outputs)
     if x.is_cpu and x.numel():
-        product = _compiled_cpu_matmul if torch.compiler.is_compiling() else _cpu_matmul
-        return product(x, bias, qweight, qzeros, scales)
+        return _cpu_matmul(x, bias, qweight, qzeros, scales)
     weight = dequantize(qweight, qzeros, scales).to(x.dtype)
     return nn.functional.linear(x, weight.T, bias)
 
@@ -242,16 +241,6 @@ def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         y = torch.cat([_cpu_blocks_matmul(rows, *part) for part in parts], 1)
     y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], 8 * words)
-
-
-# torch.compile would take the addresses and versions that `_kept` compares for constants.
-_compiled_cpu_matmul = torch.library.custom_op(
-    "sparsevila::cpu_w4a16_matmul", _cpu_matmul, mutates_args=(),
-    schema="(Tensor x, Tensor? bias, Tensor qweight, Tensor qzeros, Tensor scales) -> Tensor",
-)  # fmt: skip
-_compiled_cpu_matmul.register_fake(
-    lambda x, bias, *packed: x.new_empty(*x.shape[:-1], packed[2].shape[1])
-)
 
 
 def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
