@@ -41,15 +41,16 @@ def mixed(x: Any) -> Any:
 
 def words(seed: int, count: int) -> Tensor:
     """Random integers (count,) in [0, 2^32), int64: word i is mixed(mixed(seed) + i)."""
-    return mixed(mixed(seed) + torch.arange(count))
+    first = mixed(seed)
+    return torch.cat([mixed(first + i) for i in torch.arange(count).split(PART)])
 
 
 def bell(seed: int, shape: Sequence[int]) -> Tensor:
     """Numbers of mean 0, spread 1.15 and size below 4, float64: element i in row-major order is (b0
     + b1 + b2 + b3 - 510 + w / 2^32) / 128, b0 .. b3 the bytes of word 2 i and w word 2 i + 1."""
-    first, parts = mixed(seed), []
-    for i in torch.arange(2 * math.prod(shape)).split(PART):
-        w = mixed(first + i).view(-1, 2)
+    parts = []
+    for part in words(seed, 2 * math.prod(shape)).split(PART):
+        w = part.view(-1, 2)
         pairs = (w[:, 0] & 0xFF00FF) + (w[:, 0] >> 8 & 0xFF00FF)  # b0 + b1, and b2 + b3
         total = (pairs & 0xFFFF) + (pairs >> 16) - 510
         parts.append((total + w[:, 1].double() / 2**32) / 128)
