@@ -222,7 +222,7 @@ CPU_WORDS = 512  # of a row at a time, 4096 outputs: sums for more of them leave
 
 
 def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
-    """x (..., inputs) times the weights (qweight, qzeros, scales), as `w4a16_matmul` says."""
+    """x (..., inputs) times the weights (qweight, qzeros, scales) + bias, see `w4a16_matmul`."""
     (inputs, words), plain = packed[0].shape, None
     keep = not any(map(Tensor.is_inference, packed))  # such tensors count no versions
     if keep and 8 * inputs * words <= CPU_PLAIN:
@@ -239,8 +239,7 @@ def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         widths = CPU_WORDS, CPU_WORDS, 8 * CPU_WORDS
         parts = zip(*(tensor.split(width, 1) for tensor, width in zip(packed, widths)))
         y = torch.cat([_cpu_blocks_matmul(rows, *part) for part in parts], 1)
-    y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], 8 * words)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], 8 * words)
 
 
 def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:
@@ -317,8 +316,9 @@ def _kept(make: Callable, dtype: torch.dtype, *packed: Tensor):
     if made_of != source:
         with torch.inference_mode(False):  # it may be used where gradients are wanted
             made = make(dtype, *packed)
+        if id(packed[0]) not in _KEPT:
+            weakref.finalize(packed[0], _KEPT.pop, id(packed[0]), None)
         _KEPT[id(packed[0])] = source, made, *packed[1:]  # held, so that no id is used again
-        weakref.finalize(packed[0], _KEPT.pop, id(packed[0]), None)
     return made
 
 
