@@ -201,7 +201,9 @@ def w4a16_matmul(
         y = _w4a16_matmul_triton(x.reshape(-1, inputs), qweight, qzeros, scales, bias)
         return y.view(*x.shape[:-1], outputs)
     if x.is_cpu and x.numel():
-        return _cpu_matmul(x, bias, qweight, qzeros, scales)
+        compiling = torch.compiler.is_compiling()
+        product = torch.ops.sparsevila.cpu_w4a16_matmul if compiling else _cpu_matmul
+        return product(x, bias, qweight, qzeros, scales)
     weight = dequantize(qweight, qzeros, scales).to(x.dtype)
     return nn.functional.linear(x, weight.T, bias)
 
@@ -240,6 +242,20 @@ def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
         parts = zip(*(tensor.split(width, 1) for tensor, width in zip(packed, widths)))
         y = torch.cat([_cpu_blocks_matmul(rows, *part) for part in parts], 1)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], 8 * words)
+
+
+# To torch.compile the product is one operation: what `_kept` compares would become constants of its
+# code, to be compiled anew for every layer. A process defines it once, for all copies of this file.
+if not hasattr(torch.ops.sparsevila, "cpu_w4a16_matmul"):
+    torch.library.define(
+        "sparsevila::cpu_w4a16_matmul",
+        "(Tensor x, Tensor? bias, Tensor qweight, Tensor qzeros, Tensor scales) -> Tensor",
+    )
+    torch.library.impl("sparsevila::cpu_w4a16_matmul", "CPU", _cpu_matmul)
+
+    @torch.library.register_fake("sparsevila::cpu_w4a16_matmul")
+    def _(x, bias, qweight, qzeros, scales):
+        return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
 def _plain_weight(dtype: torch.dtype, *packed: Tensor) -> Tensor:

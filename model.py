@@ -851,8 +851,8 @@ class VLM(nn.Module):
     def compile_decoding(self) -> None:
         """Read single rows, that is the tokens of an answer, by torch.compile from now on: all that
         a layer does beside attention is fused into a few loops. The first answer from a cache of
-        each type takes longer, by some two seconds a layer; results may differ in the last bits.
-        Prompts still run eagerly.
+        each type takes longer, by two to seven seconds a layer; results may differ in the last
+        bits. Prompts still run eagerly.
 
         Raises: RuntimeError where torch.compile does not work (it needs a C++ compiler), and on a
         GPU, which decodes by a CUDA graph (`StaticStep`) anyway.

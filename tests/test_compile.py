@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import Recorder, random_model, random_pictures
+from torch._dynamo.utils import counters
 
+from awq import W4A16Linear, replace_linears
 from model import KVCache
 from sparsevila import Dense, RetrievalCache, SparseVILA
 
@@ -53,6 +55,28 @@ def test_compiled_sessions_give_the_same_answers(pair, kind):
     if kind is SparseVILA:
         for a, b in zip(expected, got, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a.retrieved, b.retrieved, strict=True))
+
+
+@needs_compiler
+def test_four_bit_products_are_compiled_with_the_rest():
+    """Each as one operation: nothing looks into what is kept of the weights, or compiles anew when
+    it changes."""
+    torch.compiler.reset()  # what other tests compiled counts towards PyTorch's limit
+    vlm, processor = random_model(3, layers=2)
+    replace_linears(vlm.decoder.layers, lambda linear: W4A16Linear.from_linear(linear, 16))
+    session, runs = SparseVILA(vlm, processor), []
+    session.see(random_pictures(3, 1))
+    for compiling in (False, True):
+        if compiling:
+            vlm.compile_decoding()
+            counters.clear()
+        session.forget()
+        with Recorder(vlm) as recorder:
+            answer = session.ask("a", max_new_tokens=5)
+        runs.append((answer.token_ids, torch.cat(recorder.logits[1:])))
+    assert runs[0][0] == runs[1][0] and len(runs[0][0]) == 5
+    check_close(runs[0][1], runs[1][1])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @needs_compiler
