@@ -244,8 +244,8 @@ def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], 8 * words)
 
 
-# To torch.compile the product is one operation: what `_kept` compares would become constants of its
-# code, to be compiled anew for every layer. A process defines it once, for all copies of this file.
+# torch.compile takes the product as one operation: it would make constants of what `_kept` compares,
+# and compile every layer anew. The first copy of this file in a process defines it for all.
 if not hasattr(torch.ops.sparsevila, "cpu_w4a16_matmul"):
     torch.library.define(
         "sparsevila::cpu_w4a16_matmul",
@@ -770,12 +770,16 @@ class W8A8Linear(_Packed):
         if _on_triton(x) and len(rows):
             y = _w8a8_matmul_triton(rows, self.weight, self.weight_scale, self.bias)
         else:
-            y = torch.cat([self._product(part).to(x.dtype) for part in rows.split(INT8_ROWS)])
+            y = rows.new_empty(len(rows), len(self.weight))
+            for start in range(0, len(rows), INT8_ROWS):
+                here = slice(start, start + INT8_ROWS)
+                y[here] = self._product(rows[here])
         return y.view(*x.shape[:-1], len(self.weight))
 
     def _product(self, rows: Tensor) -> Tensor:
         codes, scale = _to_int8(rows)
-        y = (_int8_matmul(codes, self.weight) * self.weight_scale).mul_(scale[:, None])
+        y = _int8_matmul(codes, self.weight).float()
+        y.mul_(self.weight_scale).mul_(scale[:, None])
         return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
@@ -784,13 +788,13 @@ class W8A8Linear(_Packed):
 
 
 def _int8_matmul(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes (rows, inputs) times weight (outputs, inputs), in [-127, 127], to int32. On a CPU
-    without instructions for it `_int_mm` takes 20 times as long as float32, in which sums of 1,024
-    products are exact: less than 2^24."""
+    """codes (rows, inputs) times weight (outputs, inputs), in [-127, 127], to int32 or float32,
+    exact. On a CPU without instructions for it `_int_mm` takes 20 times as long as float32, in
+    which sums of 1,024 products are exact: less than 2^24."""
     if codes.device.type == "cpu" and not _multiplied(torch.int8):
         pairs = zip(codes.split(1024, 1), weight.split(1024, 1))
-        first, *others = ((a.float() @ b.float().T).int() for a, b in pairs)
-        return sum(others, first)
+        first, *others = (a.float() @ b.float().T for a, b in pairs)
+        return sum((each.int() for each in others), first.int()) if others else first
     missing = max(0, 32 - len(codes))  # on a GPU `_int_mm` wants 17 rows at least
     padded = nn.functional.pad(codes.contiguous(), (0, 0, 0, missing))
     return torch._int_mm(padded, weight.T)[: len(codes)]

@@ -147,10 +147,11 @@ def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
 
 
 def check_memory(
-    config: Config, dtype: torch.dtype, pictures: int, n: int, quantised: bool
+    config: Config, dtype: torch.dtype, pictures: int, n: int, quantised: list[bool]
 ) -> None:
-    """Raise ValueError if less is free than a dense run on a CPU needs at least: weights, pixels,
-    keys and values of that many pictures of n tokens each, and the activations of one block."""
+    """Raise ValueError if less is free than a dense run on a CPU needs at least: weights of one
+    model or several, quantised or not, pixels, keys and values of that many pictures of n tokens
+    each, and the activations of one block."""
     with torch.device("meta"):
         model = VLM(config)
     text, size, S = config.text, dtype.itemsize, config.vision.image_size
@@ -160,7 +161,7 @@ def check_memory(
     needed = pictures * (4 * 3 * S * S + n * size * row)  # pixels are in float32
     for weight in model.parameters():
         share = 0.5 / size if weight in blocks else 1 / size if weight in rounded else 1
-        needed += weight.numel() * size * (share if quantised else 1)
+        needed += weight.numel() * size * sum(share if small else 1 for small in quantised)
     meminfo = Path("/proc/meminfo")  # Linux
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     free = [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]

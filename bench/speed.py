@@ -110,8 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--versus",
-        choices=["transformers"],
-        help="measure Hugging Face's dense decoder as well (default: not)",
+        choices=["transformers", "unquantised"],
+        help="measure in turn Hugging Face's dense decoder as well, or, with --quantised, the same "
+        "shape without (default: neither)",
     )
     add_report_arguments(parser)
 
@@ -134,33 +135,43 @@ def speed(arguments: argparse.Namespace) -> dict:
     sparsity = ("prefill_sparsity", "decode_sparsity")
     settings = {name: getattr(arguments, name) for name in sparsity}
     n = tokens_each or config.vision.visual_tokens
+    quantised = [arguments.quantised] + [False] * (arguments.versus == "unquantised")
     pictures = max(1, round((arguments.visual_tokens or pictures * n) / n))
     check_speed(arguments, settings, device, TEXT_TOKENS + pictures * n)
     device = usable_device(device)
     if device.type == "cpu":
-        check_memory(config, dtype, pictures, n, arguments.quantised)
+        check_memory(config, dtype, pictures, n, quantised)
     script = NoiseProcessor(config, pictures)
-    model = random_model(replace(config, stop_ids=()), device, dtype, quantised=arguments.quantised)
-    decoding = "CUDA graph" if device.type == "cuda" else compile_decoding(model, arguments.eager)
+    models = [
+        random_model(replace(config, stop_ids=()), device, dtype, quantised=small)
+        for small in quantised
+    ]
+    model, graph = models[0], device.type == "cuda"
+    for each in models:
+        decoding = "CUDA graph" if graph else compile_decoding(each, arguments.eager)
 
-    def new_session(kind: type[SparseVILA]) -> SparseVILA:
+    def new_session(kind: type[SparseVILA], model: VLM) -> SparseVILA:
         session = kind(model, script, **settings)
         return leave_out_tower(session, pictures, n) if tokens_each else session
 
     theirs = None
-    if arguments.versus:
-        features, _ = new_session(Dense).encode(script.pixels([]))
+    if arguments.versus == "transformers":
+        features, _ = new_session(Dense, model).encode(script.pixels([]))
         theirs = Transformers(model, script, features)
-    kinds = {"dense": Dense, "sparse": SparseVILA}
+    kinds = {
+        name + which: (kind, each)
+        for which, each in zip(("", ", unquantised"), models)
+        for name, kind in (("dense", Dense), ("sparse", SparseVILA))
+    }
     rounds: list[dict[str, dict]] = []
     bandwidths, eager = [], {}
     for number in progress(range(arguments.runs + 1), "measuring", " rounds"):
         tokens = arguments.answer_tokens if number else 9  # the first round warms up
         runs, made = {}, {}
         for name in list(kinds)[:: -1 if number % 2 else 1]:  # neither is always first
-            session = new_session(kinds[name])
+            session = new_session(*kinds[name])
             runs[name], made[name] = run_once(session, pictures, tokens)
-            if number == arguments.runs and decoding == "torch.compile":
+            if number == arguments.runs and decoding == "torch.compile" and session.model is model:
                 eager[name] = eager_step(session)
         rounds.append(runs)
         bandwidths.append(read_bandwidth(device))
@@ -173,13 +184,17 @@ def speed(arguments: argparse.Namespace) -> dict:
         **settings,
     }  # fmt: skip
     if decoding == "torch.compile":  # when the first round decodes
-        result["compile_seconds"] = sum(run["decode"] for run in rounds[0].values()) / 1000
+        result["compile_seconds"] = sum(rounds[0][x]["decode"] for x in ("dense", "sparse")) / 1000
     weights = decoder_bytes(model)
     result |= summarise(rounds[1:], arguments.answer_tokens, weights, bandwidths[1:])
     for name, milliseconds in eager.items():
         saved = milliseconds - result[name]["decode a token"]
         start, _ = break_even(1000 * result["compile_seconds"], saved)
         result[name] |= {"eager a token": milliseconds, "compiling_pays_from_tokens": start}
+    for plain in models[1:]:
+        weights, precision = decoder_bytes(plain), plain.precision
+        other = {"precision": precision, "decoder_weight_bytes": weights}
+        result["unquantised"] = other | beside(rounds[1:])
     return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
 
 
@@ -197,9 +212,11 @@ def check_speed(
         raise ValueError(f"context, question and answer are {rows:,} tokens, at most {most:,} fit")
     if arguments.eager and device.type == "cuda":
         raise ValueError("--eager is for a CPU: a GPU decodes by a CUDA graph")
-    if arguments.versus and arguments.quantised:
-        raise ValueError("--versus compares weights that are not quantised: leave out --quantised")
-    if arguments.versus:
+    if arguments.versus == "unquantised" and not arguments.quantised:
+        raise ValueError("--versus unquantised needs --quantised, to compare with")
+    if arguments.versus == "transformers":
+        if arguments.quantised:
+            raise ValueError("transformers' decoder is not quantised: leave out --quantised")
         importlib.import_module(arguments.versus)
 
 
@@ -361,6 +378,20 @@ def summarise(
     return result
 
 
+def beside(rounds: list[dict[str, dict]]) -> dict:
+    """How many times as long as the quantised model the other takes: for dense and sparse and every
+    part of a turn the median over rounds, the least and the most."""
+    return {
+        name: {
+            part: median_and_range(
+                [runs[f"{name}, unquantised"][part] / runs[name][part] for runs in rounds]
+            )
+            for part in ("vision", "prefill", "question", "decode", "end to end")
+        }
+        for name in ("dense", "sparse")
+    }
+
+
 def break_even(cost: float, saved: float) -> tuple[float | None, float | None]:
     """Lengths of an answer, in tokens, from which on and up to which sparsity saves time, if it
     costs this much before decoding and saves that much in every step (either may be negative); the
@@ -387,6 +418,13 @@ def print_speed(result: dict) -> None:
         print("without a vision tower: this model's is not one of ours\n")
     _print_stages(result)
     _print_ratios(result)
+    if "unquantised" in result:
+        other = result["unquantised"]
+        megabytes = other["decoder_weight_bytes"] / 1e6
+        print(f"{other['precision']} ({megabytes:.0f} MB of decoder weights) takes, in turn,")
+        for name in ("dense", "sparse"):
+            for part, times in other[name].items():
+                print("  {}, {}: {:.2f} x ({:.2f} to {:.2f}) as long".format(name, part, *times))
     if "transformers" in result:
         theirs = result["transformers"]
         print(
@@ -413,7 +451,7 @@ def _print_stages(result: dict) -> None:
         line(f"{stage}, ms", *(cell(name, stage) for name in ("dense", "sparse")))
     for label, key in (
         ("KV read a token, MB", "bytes attended"), ("KV held, MB", "bytes held"),
-        ("peak memory, MB", "peak bytes"),
+        ("peak memory, MB" + ", both models" * ("unquantised" in result), "peak bytes"),
     ):  # fmt: skip
         line(label, *(f"{one[key] / 1e6:,.1f}" for one in (dense, sparse)))
     for label, key in (("decode, ms a token", "decode a token"), ("  its bound, ms", "bound")):

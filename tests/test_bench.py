@@ -134,6 +134,33 @@ def test_a_quantised_model_and_one_without_a_tower():
     assert run["vision"] > 0 and run["salience"] == 0
 
 
+def test_a_quantised_model_beside_the_same_shape_without(monkeypatch, capsys):
+    """Both run in every round. The unquantised one takes twice as long, or in one round thrice."""
+    monkeypatch.setitem(random_models.PRESETS, "laptop", random_models.Preset(SMALL, 3))
+    run_once, calls = speed.run_once, []
+
+    def run(session, *arguments):
+        run, tokens = run_once(session, *arguments)
+        quantised = "W4A16" in session.model.precision
+        calls.append((type(session).__name__, quantised))
+        run |= dict.fromkeys(("vision", "decode"), 10 if quantised else 20 + 10 * (len(calls) > 12))
+        return run, tokens
+
+    monkeypatch.setattr(speed, "run_once", run)
+    options = "--runs 3 --answer-tokens 3 --eager --device cpu --json"
+    main(["speed", *options.split(), "--quantised", "--versus", "unquantised"])
+    each = {(kind, quantised) for kind in ("Dense", "SparseVILA") for quantised in (True, False)}
+    assert [set(calls[i : i + 4]) for i in range(0, 16, 4)] == [each] * 4
+    *printed, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    other = result["unquantised"]
+    assert other["precision"] == "float32" and "W4A16" in result["precision"]
+    assert other["decoder_weight_bytes"] > 4 * result["decoder_weight_bytes"]
+    for name in ("dense", "sparse"):
+        assert other[name]["vision"] == other[name]["decode"] == [2, 2, 3]
+    assert "  sparse, decode: 2.00 x (2.00 to 3.00) as long" in printed
+
+
 def test_a_random_model_has_finite_answers_and_tied_weights():
     text = replace(SMALL.text, tied=True)
     model = random_models.random_model(replace(SMALL, text=text), CPU, torch.float32)
@@ -150,14 +177,17 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(random_models, "Path", lambda name: meminfo)
     config, frames, _ = random_models.PRESETS["longvila-7b"]
     size = torch.float32, frames, config.vision.visual_tokens
-    random_models.check_memory(config, *size, quantised=True)
+    random_models.check_memory(config, *size, quantised=[True])
+    random_models.check_memory(config, torch.bfloat16, *size[1:], quantised=[False])
+    with pytest.raises(ValueError, match="needs at least"):
+        random_models.check_memory(config, torch.bfloat16, *size[1:], quantised=[True, False])
     random_models.check_memory(
-        random_models.PRESETS["laptop"].config, torch.float32, 64, 256, quantised=False
+        random_models.PRESETS["laptop"].config, torch.float32, 64, 256, quantised=[False]
     )
     # 7.6e9 weights of 4 bytes; 50,176 rows of 28 layers, keys and values, 4 heads of 128
     least = 7.6e9 * 4 + 50176 * 28 * 2 * 4 * 128 * 4
     with pytest.raises(ValueError, match="needs at least ([0-9.]+) GB, 24.6 GB are free") as error:
-        random_models.check_memory(config, *size, quantised=False)
+        random_models.check_memory(config, *size, quantised=[False])
     said = float(str(error.value).split()[4]) * 1e9
     assert least < said < 1.3 * least
 
@@ -336,6 +366,7 @@ def test_options_that_exclude_each_other(capsys, monkeypatch):
     for arguments, words in (
         (["--eager", "--device", "cuda"], "--eager is for a CPU"),
         (["--versus", "transformers", "--quantised"], "leave out --quantised"),
+        (["--versus", "unquantised"], "needs --quantised"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["speed", *arguments])
