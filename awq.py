@@ -244,8 +244,8 @@ def _cpu_matmul(x: Tensor, bias: Tensor | None, *packed: Tensor) -> Tensor:
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], 8 * words)
 
 
-# torch.compile takes the product as one operation: it would make constants of what `_kept` compares,
-# and compile every layer anew. The first copy of this file in a process defines it for all.
+# torch.compile takes the product as one operation. Else it makes constants of what `_kept` checks,
+# and compiles every layer anew. The first copy of this file in a process defines it for all.
 if not hasattr(torch.ops.sparsevila, "cpu_w4a16_matmul"):
     torch.library.define(
         "sparsevila::cpu_w4a16_matmul",

@@ -96,9 +96,9 @@ ELSEWHERE = {
     "python -m bench speed --preset longvila-7b --quantised": "tests/test_bench.py",  # on a GPU
     "python -m bench speed --preset qwen2.5-vl-7b --quantised": "tests/test_bench.py",
     "python -m bench speed --preset smolvlm-256m --visual-tokens 320 --dtype bfloat16 --eager "
-    "--runs 3 --answer-tokens 32": "tests/test_bench.py",
+    "--answer-tokens 32 --quantised --versus unquantised": "tests/test_bench.py",
     "python -m bench speed --preset longvila-1.5b --visual-tokens 392 --dtype bfloat16 --eager "
-    "--runs 3 --answer-tokens 32": "tests/test_bench.py",
+    "--runs 3 --answer-tokens 16 --quantised --versus unquantised": "tests/test_bench.py",
     "python -m bench kernels": "test_the_benchmark_of_the_kernels",
     "python -m bench awq": "test_the_benchmark_of_the_products",
     "python -m bench quantised --questions 100": "test_the_tables_of_quantised_variants",
