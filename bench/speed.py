@@ -8,9 +8,10 @@ import argparse
 import importlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def speed(arguments: argparse.Namespace) -> dict:
-    """Dense and sparse in turn on one random model: the figures of `python bench.py speed`. Raises:
+    """Dense and sparse in turn on one random model: the figures of `python -m bench speed`. Raises:
     ValueError for options that mean nothing, or a model that does not fit."""
+    # 1. Check the options, and that it fits.
     config, pictures, tokens_each = PRESETS[arguments.preset]
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
@@ -141,6 +143,8 @@ def speed(arguments: argparse.Namespace) -> dict:
     device = usable_device(device)
     if device.type == "cpu":
         check_memory(config, dtype, pictures, n, quantised)
+
+    # 2. Make the models, and what makes a session with each of them.
     script = NoiseProcessor(config, pictures)
     models = [
         random_model(replace(config, stop_ids=()), device, dtype, quantised=small)
@@ -158,43 +162,26 @@ def speed(arguments: argparse.Namespace) -> dict:
     if arguments.versus == "transformers":
         features, _ = new_session(Dense, model).encode(script.pixels([]))
         theirs = Transformers(model, script, features)
-    kinds = {
-        name + which: (kind, each)
+    sessions = {
+        name + which: partial(new_session, kind, each)
         for which, each in zip(("", ", unquantised"), models)
         for name, kind in (("dense", Dense), ("sparse", SparseVILA))
     }
-    rounds: list[dict[str, dict]] = []
-    bandwidths, eager = [], {}
-    for number in progress(range(arguments.runs + 1), "measuring", " rounds"):
-        tokens = arguments.answer_tokens if number else 9  # the first round warms up
-        runs, made = {}, {}
-        for name in list(kinds)[:: -1 if number % 2 else 1]:  # neither is always first
-            session = new_session(*kinds[name])
-            runs[name], made[name] = run_once(session, pictures, tokens)
-            if number == arguments.runs and decoding == "torch.compile" and session.model is model:
-                eager[name] = eager_step(session)
-        rounds.append(runs)
-        bandwidths.append(read_bandwidth(device))
-        if theirs:
-            theirs.run(made["dense"])
+
+    # 3. Run them in turn, and say what follows.
+    rounds, bandwidths, eager = run_rounds(sessions, arguments, pictures, theirs)
     result = {
         "machine": machine(device), "preset": arguments.preset, "precision": model.precision,
         "decoding": decoding, "visual_tokens": pictures * n, "question_tokens": QUESTION_TOKENS,
         "answer_tokens": arguments.answer_tokens, "runs": arguments.runs, "tower": not tokens_each,
         **settings,
     }  # fmt: skip
-    if decoding == "torch.compile":  # when the first round decodes
-        result["compile_seconds"] = sum(rounds[0][x]["decode"] for x in ("dense", "sparse")) / 1000
     weights = decoder_bytes(model)
     result |= summarise(rounds[1:], arguments.answer_tokens, weights, bandwidths[1:])
-    for name, milliseconds in eager.items():
-        saved = milliseconds - result[name]["decode a token"]
-        start, _ = break_even(1000 * result["compile_seconds"], saved)
-        result[name] |= {"eager a token": milliseconds, "compiling_pays_from_tokens": start}
+    if eager:
+        add_compiling(result, rounds[0], eager)
     for plain in models[1:]:
-        weights, precision = decoder_bytes(plain), plain.precision
-        other = {"precision": precision, "decoder_weight_bytes": weights}
-        result["unquantised"] = other | beside(rounds[1:])
+        result["unquantised"] = beside(rounds[1:], plain)
     return result | ({"transformers": theirs.summary(result["dense"])} if theirs else {})
 
 
@@ -229,6 +216,32 @@ def compile_decoding(model: VLM, eager: bool) -> str:
     except RuntimeError as error:
         return f"eager ({error})"
     return "torch.compile"
+
+
+def run_rounds(
+    sessions: dict[str, Callable[[], SparseVILA]],
+    arguments: argparse.Namespace,
+    pictures: int,
+    theirs: Transformers | None,
+) -> tuple[list[dict[str, dict]], list[float], dict[str, float]]:
+    """Of every round, the first of which warms up, a run by a new session of each name, and the
+    bandwidth after it in bytes per millisecond; of "dense" and "sparse", where they decode by
+    torch.compile, milliseconds of a step that is not compiled."""
+    rounds: list[dict[str, dict]] = []
+    bandwidths, eager = [], {}
+    for number in progress(range(arguments.runs + 1), "measuring", " rounds"):
+        tokens = arguments.answer_tokens if number else 9
+        runs, made = {}, {}
+        for name in list(sessions)[:: -1 if number % 2 else 1]:  # neither is always first
+            session = sessions[name]()
+            runs[name], made[name] = run_once(session, pictures, tokens)
+            if number == arguments.runs and name in ("dense", "sparse") and session.model.compiled:
+                eager[name] = eager_step(session)
+        rounds.append(runs)
+        bandwidths.append(read_bandwidth(session.model.device))
+        if theirs:
+            theirs.run(made["dense"])
+    return rounds, bandwidths, eager
 
 
 def leave_out_tower(session: SparseVILA, pictures: int, n: int) -> SparseVILA:
@@ -378,18 +391,28 @@ def summarise(
     return result
 
 
-def beside(rounds: list[dict[str, dict]]) -> dict:
-    """How many times as long as the quantised model the other takes: for dense and sparse and every
-    part of a turn the median over rounds, the least and the most."""
-    return {
-        name: {
+def add_compiling(result: dict, first: dict[str, dict], eager: dict[str, float]) -> None:
+    """Add what torch.compile took when the `first` round decoded, and the length of an answer from
+    which on that pays. eager: milliseconds of a step that is not compiled."""
+    result["compile_seconds"] = sum(first[name]["decode"] for name in eager) / 1000
+    for name, milliseconds in eager.items():
+        saved = milliseconds - result[name]["decode a token"]
+        start, _ = break_even(1000 * result["compile_seconds"], saved)
+        result[name] |= {"eager a token": milliseconds, "compiling_pays_from_tokens": start}
+
+
+def beside(rounds: list[dict[str, dict]], plain: VLM) -> dict:
+    """How many times as long as the quantised model the plain one takes: for dense and sparse and
+    every part of a turn the median over rounds, the least and the most."""
+    result = {"precision": plain.precision, "decoder_weight_bytes": decoder_bytes(plain)}
+    for name in ("dense", "sparse"):
+        result[name] = {
             part: median_and_range(
                 [runs[f"{name}, unquantised"][part] / runs[name][part] for runs in rounds]
             )
             for part in ("vision", "prefill", "question", "decode", "end to end")
         }
-        for name in ("dense", "sparse")
-    }
+    return result
 
 
 def break_even(cost: float, saved: float) -> tuple[float | None, float | None]:

@@ -21,7 +21,8 @@ FORWARDERS = {("sparsevila.py", "tools"), ("awq.py", "tools")}
 # All are longer than planned: sparsevila.py (500) holds Algorithm 2 from the tower's queries on and
 # numbers the phases of a session; model.py (850) the step that a GPU replays, and what compiling
 # one needs; kernels.py (720) has the table that `linear` is chosen by; awq.py (880) numbers the
-# phases of its search, names what a fold is made of, and multiplies on a CPU in three ways.
+# phases of its search, names what a fold is made of, multiplies on a CPU in three ways, and
+# makes one operation of that for torch.compile.
 MOST_LINES = {"sparsevila.py": 600, "model.py": 992, "kernels.py": 804, "awq.py": 1185}
 
 
